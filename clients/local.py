@@ -1,0 +1,559 @@
+"""A client's visit, one client at a time: what hooks see as ``local``, and the training loop.
+
+Parameters are one flat vector, and the network's tensors are views of it. A *stream* is a data order
+with its optimizer state; the order is keyed by the position in the stream, not by the round, so that
+R rounds of E epochs see the very batches of one round of R * E epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim import random
+from fedsim.clients.batch import Batch
+from fedsim.clients.ops import clip
+from fedsim.clients.optimizers import Optimizer
+from fedsim.errors import ClientError
+from fedsim.network import Point
+from fedsim.program import Hooks, Program, task_loss
+from fedsim.strategy import ClientHalf, Grad, Model, require
+
+# A client's data are normalised once per visit when they are at most this large, and else batch by batch.
+VISIT_CACHE_BYTES = 2**28
+
+
+@dataclass(frozen=True)
+class ClientOptions:
+    """The ``client`` config group.
+
+    Attributes:
+        optimizer: The local optimizer.
+        lr: Learning rate, > 0.
+        epochs: Passes over the client's data per visit; None with ``steps``.
+        steps: Minibatch steps per visit; None with ``epochs``.
+        batch_size: Examples per step; None: all of a client's examples.
+        lr_decay: Factor on ``lr`` per round, > 0.
+        clip_norm: Bound on the norm of a step's direction, or None.
+        keep_optimizer: Whether a client's optimizer state survives between visits.
+        drop_last: Whether an epoch's last, partial batch is left out (never if it is the only one).
+        buffers: Policy for floating-point buffers: ``mean``, ``local`` or ``frozen``.
+        augment: Augmentations by name, applied to each batch.
+    """
+
+    optimizer: Optimizer
+    lr: float
+    epochs: int | None = 1
+    steps: int | None = None
+    batch_size: int | None = 32
+    lr_decay: float = 1.0
+    clip_norm: float | None = None
+    keep_optimizer: bool = False
+    drop_last: bool = False
+    buffers: str = "mean"
+    augment: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        require((self.epochs is None) != (self.steps is None), "client.epochs and client.steps", "exactly one number and one null", (self.epochs, self.steps))
+        require(self.buffers in ("mean", "local", "frozen"), "client.buffers", "mean, local or frozen", self.buffers)
+
+    def planned_steps(self, n: int) -> int:
+        """Steps of a visit with ``n`` examples."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        size = min(self.batch_size or n, n) or 1
+        return self.epochs * (max(n // size, 1) if self.drop_last else -(-n // size)) if n else 0
+
+
+@dataclass
+class Stream:
+    """A data order with its optimizer state.
+
+    Attributes:
+        steps: Steps made.
+        epoch: Epochs finished.
+        offset: Examples of the current epoch that were used.
+        order: The current epoch's examples, ``[n]``, or None before it is drawn.
+        weight: Their weights, ``[n]``, or None.
+        optimizer: The optimizer's tensors.
+    """
+
+    steps: int = 0
+    epoch: int = 0
+    offset: int = 0
+    order: Tensor | None = None
+    weight: Tensor | None = None
+    optimizer: dict[str, Tensor] | None = None
+
+
+class Memory:
+    """``local.memory``: what a client keeps, by name, ``[1, ...]`` each. Assign to change; never in place."""
+
+    def __init__(self, values: dict[str, Tensor]) -> None:
+        object.__setattr__(self, "_values", values)
+
+    def __getattr__(self, name: str) -> Tensor:
+        values: dict[str, Tensor] = object.__getattribute__(self, "_values")
+        if name not in values:
+            raise AttributeError(f"memory has no '{name}'; it holds: {', '.join(values) or 'nothing'} (see the `memory` hook)")
+        return values[name]
+
+    def __setattr__(self, name: str, value: Tensor) -> None:
+        self._values[name] = value
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._values
+
+
+class Sent:
+    """``local.sent``: what came down, by name; tensors have the client axis first."""
+
+    def __init__(self, values: Mapping[str, Any]) -> None:
+        self.__dict__.update(values)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"nothing called '{name}' was sent; broadcast and unicast sent: {', '.join(self.__dict__)}")
+
+
+@dataclass
+class Stats:
+    """What a visit did: steps, examples seen, and the sum of their losses."""
+
+    steps: int = 0
+    examples: int = 0
+    loss: float = 0.0
+
+
+@dataclass
+class Visit:
+    """Who, when and with what: the facts of a visit that `Local` is built from.
+
+    Attributes:
+        client: Client id, or `SERVER`.
+        round_num: 0 before the first round.
+        phase: ``train`` or the name of a phase.
+        visit: Number of the visit, for random streams.
+        mode: ``train``, ``global`` or ``personal``.
+        steps: Overrides the configured number of steps.
+        epochs: Overrides the configured number of epochs.
+        memory: The client's rows, by qualified name (``strategy.h``, ``stream.train``).
+        part: Which of the client's examples: ``train``, or ``none`` for the server's own evaluation, which
+            has no memory either.
+    """
+
+    client: int
+    round_num: int
+    phase: str
+    visit: int | str
+    mode: str = "train"
+    steps: int | None = None
+    epochs: int | None = None
+    memory: dict[str, Tensor] = field(default_factory=dict)
+    part: str = "train"
+
+
+class Local:
+    """What a hook sees of the client that it runs for. The client axis is first everywhere (C = 1).
+
+    Attributes:
+        start: The parameters that the visit starts from, ``[1, d]``.
+        sent: What came down, by name.
+        scratch: Anything that lives for this visit only.
+        clients: The client ids of the lanes.
+        layout: Of the parameter vector.
+        round: Number of the round, from 1; 0 in `prepare`.
+        phase: ``train`` or the name of a phase.
+        mode: ``train``, or in evaluation ``global`` or ``personal``.
+        step: Steps made in the current stream, earlier visits included.
+        steps: Steps planned for this visit.
+        lr: Learning rate of the current step.
+        mean_loss: Mean training loss of the last call of `train`, ``[1]``.
+        half: The strategy, or the half of the phase.
+    """
+
+    def __init__(self, program: Program, visit: Visit, sent: Mapping[str, Any], hooks: Hooks | None = None) -> None:
+        self._program, self._visit = program, visit
+        self.options = program.options
+        self.layout = program.layout
+        self.clients = (visit.client,)
+        self.round, self.phase, self.mode = visit.round_num, visit.phase, visit.mode
+        self.sent = Sent(sent)
+        self.scratch: dict[str, Any] = {}
+        self.stats = Stats()
+        self._spaces: dict[str, dict[str, Tensor]] = {}
+        self._streams: dict[str, Stream] = {}
+        for name, row in visit.memory.items():
+            space, _, key = name.partition(".")
+            if space not in ("stream", "buffers"):
+                self._spaces.setdefault(space, {})[key] = row.unsqueeze(0)
+        self._space = "strategy"
+        self._hooks = (hooks or program.hooks).bind(self)
+        self.half = self._hooks.hooks.outer
+        self._shard = program.shard(visit.client, visit.part)
+        self.n = len(self._shard)
+        self._ready: tuple[Tensor, Tensor] | None = None
+        self.step = 0
+        self.lr = self.options.lr * self.options.lr_decay ** max(self.round - 1, 0)
+        self._lr_sum = 0.0
+        self.mean_loss = torch.zeros(1)
+        self._batch: Batch | None = None
+        self._grads: list[Tensor] = []
+        self._used = 0
+        self._losses: list[Tensor] = []
+        self._only: list[int] | None = None
+        self._stream: Stream | None = None
+        self._stream_name = ""
+        self._rng = True
+        self.start: Tensor = self.sent.w if "w" in sent else program.network.initial.unsqueeze(0)
+        if visit.part != "none":
+            self._initialise()
+
+    # --- what the client has -------------------------------------------------------------------------
+
+    def _initialise(self) -> None:
+        """First values of memory where the client has none, then its private parameters."""
+        for name, half in (*self._program.recipes, ("strategy", self._program.strategy), ("strategy", self.half)):
+            missing = self._spaces.setdefault(name, {})
+            with self.space(name):
+                first = half.memory(self)
+            for key, value in first.items():
+                if key not in missing:
+                    missing[key] = value
+        if (mask := self._program.private) is not None:
+            self.start = self.start.clone()
+            own = self._spaces["strategy"].setdefault("private", self.start[:, mask])
+            self.start[:, mask] = own.to(self.start)
+
+    @property
+    def memory(self) -> Memory:
+        """What the client keeps between visits; each half has its own name space."""
+        return Memory(self._spaces.setdefault(self._space, {}))
+
+    @contextmanager
+    def space(self, name: str) -> Iterator[None]:
+        """Runs a hook in the memory of the half called ``name``."""
+        before, self._space = self._space, name
+        try:
+            yield
+        finally:
+            self._space = before
+
+    @property
+    def num_examples(self) -> Tensor:
+        """Training examples of each client, float64 ``[1, 1]``."""
+        return torch.tensor([[float(self.n)]], dtype=torch.float64)
+
+    @property
+    def class_counts(self) -> Tensor:
+        """Examples of each class, int64 ``[1, classes]``."""
+        return torch.bincount(self.y[0], minlength=self._program.dataset.num_classes).unsqueeze(0)
+
+    @property
+    def y(self) -> Tensor:
+        """Labels of all of the client's examples, ``[1, n]``."""
+        return self._program.targets(self._shard.y.index_select(0, self._shard.rows)).unsqueeze(0)
+
+    @property
+    def lr_sum(self) -> Tensor:
+        """Sum of the learning rates of the steps made in this visit, ``[1, 1]``."""
+        return torch.tensor([[self._lr_sum]], dtype=torch.float64)
+
+    @property
+    def steps(self) -> int:
+        """Steps planned for this visit."""
+        if self._visit.steps is not None:
+            return self._visit.steps
+        if self._visit.epochs is not None:
+            return self._visit.epochs * self.steps_per_epoch
+        return self.options.planned_steps(self.n)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one pass over the client's data at the configured batch size."""
+        size = min(self.options.batch_size or self.n, self.n) or 1
+        return max(self.n // size, 1) if self.options.drop_last else -(-self.n // size)
+
+    def generator(self, purpose: str, *index: int | str) -> list[torch.Generator]:
+        """One generator per lane, keyed by (seed, purpose, phase, visit, client, *index)."""
+        v = self._visit
+        return [random.generator(self._program.seed, purpose, v.phase, v.visit, v.client, *index)]
+
+    def permutation(self, epoch: int) -> Tensor:
+        """A random order of the client's examples for one epoch of the current stream, ``[1, n]``."""
+        g = random.generator(self._program.seed, "order", self._stream_name, self._visit.client, epoch)
+        return torch.randperm(self.n, generator=g).unsqueeze(0)
+
+    # --- the network at some point -------------------------------------------------------------------
+
+    def at(self, w: Tensor) -> Model:
+        """The network at ``w``, ``[1, d]``, in evaluation mode and as a constant: no gradient flows into it."""
+        return Point(self._program.network, w, detached=True)
+
+    def loss(self, model: Model, batch: Batch) -> Tensor:
+        """The recipe's objective, or the task's: ``[1, B]``."""
+        return self._hooks.inner_loss(model, batch)
+
+    def task_loss(self, outputs: Tensor, y: Tensor) -> Tensor:
+        """Cross-entropy (integer labels) or half the squared error (float targets), ``[1, B]``."""
+        return task_loss(outputs, y)
+
+    def delta(self, w: Tensor) -> Tensor:
+        """``w - start`` in float64, ``[1, d]``; 0 where parameters are private or frozen."""
+        delta = w.double().sub_(self.start) if w.dtype != torch.float64 else w - self.start
+        if self._program.kept_out is not None:
+            delta[:, self._program.kept_out] = 0.0
+        return delta
+
+    def grad(self, at: Tensor, batch: Batch | None = None, half: ClientHalf | None = None) -> Tensor:
+        """The gradient of the local objective at ``at``, ``[1, d]``.
+
+        Within a step it uses that step's minibatch and dropout, however often it is called; elsewhere a
+        ``batch`` is needed. The result stays valid until the step ends.
+
+        Args:
+            at: The point, ``[1, d]``.
+            batch: Other examples.
+            half: Other objective: the half whose ``loss`` is meant.
+        """
+        program, network = self._program, self._program.network
+        step_batch = batch is None
+        if batch is None:
+            if self._batch is None:
+                raise ClientError("local.grad needs a batch when it is called outside of a step")
+            batch = self._batch
+        if self._rng:
+            self._seed_step()
+        hooks = self._hooks if half is None else program.phase_hooks(half).bind(self)
+        at = at.contiguous()
+        objective = batch.objective(hooks.loss(Point(network, at), batch))
+        network.bind(at)
+        if self._batch is None:
+            return network.gradient(objective.sum(), torch.empty_like(self.start), self._only)
+        if step_batch and self._used == 0:
+            self._losses.append(objective.detach())
+        if self._used == len(self._grads):
+            self._grads.append(torch.empty_like(self.start))
+        self._used += 1
+        return network.gradient(objective.sum(), self._grads[self._used - 1], self._only)
+
+    def _seed_step(self) -> None:
+        v = self._visit
+        seed = random.derive(self._program.seed, "dropout", self._stream_name, v.client, self.step)
+        torch.default_generator.manual_seed(seed)
+        if self._program.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
+
+    # --- batches -------------------------------------------------------------------------------------
+
+    def take(self, index: Tensor) -> Batch:
+        """A batch of the examples numbered ``index``, ``[1, B]``; not augmented."""
+        return self._gather(index, None)
+
+    def examples(self) -> Batch:
+        """All of the client's examples, not augmented."""
+        return self.take(torch.arange(self.n).unsqueeze(0))
+
+    def _gather(self, index: Tensor, weight: Tensor | None) -> Batch:
+        program, i = self._program, index[0]
+        if self._ready is not None:
+            x, y = (t.index_select(0, i.to(t.device)) for t in self._ready)
+        else:
+            rows = self._shard.rows.index_select(0, i)
+            x = program.inputs(self._shard.x.index_select(0, rows.to(self._shard.x.device)))
+            y = program.targets(self._shard.y.index_select(0, rows.to(self._shard.y.device)))
+        return Batch(x=x.unsqueeze(0), y=y.unsqueeze(0), index=index, weight=weight)
+
+    def _prepare_inputs(self, num_examples: int) -> None:
+        """Normalises the client's data once, where the visit will use all of them anyway."""
+        x = self._shard.x
+        if self._ready is None and x.dtype == torch.uint8 and num_examples >= self.n:
+            if self.n * x[0].numel() * self.start.element_size() <= VISIT_CACHE_BYTES:
+                rows = self._shard.rows.to(x.device)
+                self._ready = (
+                    self._program.inputs(x.index_select(0, rows)),
+                    self._program.targets(self._shard.y.index_select(0, rows)),
+                )
+
+    def _augment(self, batch: Batch) -> None:
+        from fedsim.datasets.augment import AUGMENTATIONS
+
+        key = (self._stream_name, self._visit.client, self.step)
+        for name in self.options.augment:
+            g = random.generator(self._program.seed, f"augment.{name}", *key)
+            batch.x = AUGMENTATIONS[name](batch.x[0], g).unsqueeze(0)
+
+    # --- training ------------------------------------------------------------------------------------
+
+    def _open(self, name: str) -> Stream:
+        if name not in self._streams:
+            stream, prefix = Stream(), f"stream.{name}"
+            if (position := self._visit.memory.get(prefix)) is not None:
+                stream.steps, stream.epoch, stream.offset = (int(v) for v in position)
+            kept = {k[len(prefix) + 5 :]: v.unsqueeze(0).clone() for k, v in self._visit.memory.items() if k.startswith(f"{prefix}.opt.")}
+            if kept:
+                stream.optimizer = kept
+            self._streams[name] = stream
+        return self._streams[name]
+
+    def _draw(self, stream: Stream) -> None:
+        order = self._hooks.order(stream.epoch)
+        stream.order, stream.weight = (order[0][0], order[1][0]) if isinstance(order, tuple) else (order[0], None)
+        if not len(stream.order):
+            raise ClientError(f"`order` selected none of the client's {self.n} examples for epoch {stream.epoch}")
+
+    def _next(self, stream: Stream, size: int | None) -> tuple[Tensor, Tensor | None]:
+        """The next minibatch of a stream: numbers within the client's data and weights, ``[1, B]``."""
+        if stream.order is None:
+            self._draw(stream)
+        order = stream.order
+        assert order is not None
+        size, a, n = size or len(order), stream.offset, len(order)
+        b = min(a + size, n)
+        stream.offset = b
+        if b == n or (self.options.drop_last and n - b < size):
+            stream.epoch, stream.offset, stream.order = stream.epoch + 1, 0, None
+        return order[None, a:b], None if stream.weight is None else stream.weight[None, a:b]
+
+    def optimizer(self, w: Tensor, d: Tensor) -> Tensor:
+        """The configured optimizer's step along ``d``, ``[1, d]``; may write into ``w``."""
+        stream = self._stream
+        assert stream is not None and stream.optimizer is not None, "local.optimizer is for use in `update`"
+        return self.options.optimizer.step(w, d, stream.optimizer, self.lr)
+
+    def train(
+        self,
+        w: Tensor,
+        *,
+        half: ClientHalf | None = None,
+        only: str | None = None,
+        epochs: int | None = None,
+        steps: int | None = None,
+        active: Tensor | None = None,
+        stream: str | None = None,
+    ) -> Tensor:
+        """Trains from ``w`` and returns the result; ``w`` is left as it is.
+
+        Args:
+            w: Where to start, ``[1, d]``.
+            half: Another half whose hooks are used.
+            only: Train the parameters that fit this pattern; the rest stays.
+            epochs: Passes over the data; default: as configured or dispatched.
+            steps: Minibatch steps, instead of epochs.
+            active: Bool ``[1, 1]``: lanes that train; the others return ``w``.
+            stream: Name of the data order and optimizer state; default: that of the phase.
+        """
+        if (active is not None and not bool(active.any())) or not self.n:
+            return w
+        if epochs is None and steps is None:
+            epochs, steps = self._visit.epochs, self._visit.steps
+            if epochs is None and steps is None:
+                epochs, steps = self.options.epochs, self.options.steps
+        outer = self._hooks, self._stream, self._stream_name, self.step, self._batch, self._only
+        if half is not None:
+            self._hooks = self._program.phase_hooks(half).bind(self)
+        self._stream_name = stream or self.phase
+        self._stream = s = self._open(self._stream_name)
+        try:
+            return self._train(w.clone(memory_format=torch.contiguous_format), s, epochs, steps, self._still(only))
+        finally:
+            self._hooks, self._stream, self._stream_name, self.step, self._batch, self._only = outer
+
+    def _still(self, only: str | None) -> Tensor | None:
+        """Coordinates that this call must leave alone, bool ``[d]``."""
+        program, names = self._program, self._program.layout.names
+        still = program.frozen
+        if only is not None:
+            mask = ~program.layout.mask(only).to(program.device)
+            still = mask if still is None else still | mask
+        if still is not None:
+            self._only = [i for i, n in enumerate(names) if not bool(still[program.layout.slices[n]].all())]
+        return still
+
+    def _train(self, w: Tensor, s: Stream, epochs: int | None, steps: int | None, still: Tensor | None) -> Tensor:
+        options, hooks, network = self.options, self._hooks, self._program.network
+        if s.optimizer is None:
+            s.optimizer = options.optimizer.init(w)
+        network.train(True, frozen_norms=options.buffers == "frozen")
+        base_lr, size = options.lr * options.lr_decay ** max(self.round - 1, 0), options.batch_size
+        last_epoch = None if epochs is None else s.epoch + epochs
+        self._prepare_inputs(self.n if steps is None else steps * min(size or self.n, self.n))
+        before = w.clone() if still is not None else None
+        self._losses, first, counts = [], s.steps, []
+        self._rng = True
+        direction: Grad = self.grad
+        while (s.steps - first < steps) if steps is not None else (s.epoch < last_epoch):  # type: ignore[operator]
+            self.step, self.lr = s.steps, base_lr
+            if hooks.schedules:
+                plan = hooks.schedule()
+                self.lr = base_lr * float(plan.get("lr", 1.0))
+                size = int(plan["batch_size"]) if "batch_size" in plan else options.batch_size
+            index, weight = self._next(s, size)
+            batch = self._gather(index, weight)
+            if options.augment:
+                self._augment(batch)
+            self._batch = hooks.batch(batch) if hooks.plain_batch else batch
+            self._used = 0
+            state = torch.default_generator.get_state() if s.steps == first else None
+            if state is not None:
+                self._seed_step()
+                state = torch.default_generator.get_state()
+            d = direction(w) if hooks.plain_direction else hooks.direction(w, self.grad)
+            if state is not None:  # reseeded every step only where something does draw from torch's generator
+                self._rng = not torch.equal(state, torch.default_generator.get_state())
+            if options.clip_norm is not None:
+                d = clip(d, options.clip_norm)
+            new = self.optimizer(w, d) if hooks.plain_update else hooks.single("update", w, d)
+            if new is not w:
+                w.copy_(new)
+            if still is not None:
+                torch.where(still, before, w, out=w)  # type: ignore[arg-type]
+            self._lr_sum += self.lr
+            s.steps += 1
+            counts.append(index.shape[1])
+        self._batch = None
+        self._account(counts, first)
+        return w
+
+    def _account(self, counts: list[int], first: int) -> None:
+        if not self._losses:
+            return
+        losses = torch.cat(self._losses).double().cpu()
+        if not bool(losses.isfinite().all()):
+            bad = int((~losses.isfinite()).nonzero()[0])
+            raise ClientError(
+                f"the training loss became {losses[bad].item()} at local step {bad + 1} of {len(losses)} "
+                f"(lr {self.lr:g}); lower client.lr, or bound the step with client.clip_norm"
+            )
+        n = torch.tensor(counts[: len(losses)], dtype=torch.float64)
+        self.mean_loss = ((losses * n).sum() / n.sum()).view(1)
+        self.stats.steps += len(counts)
+        self.stats.examples += sum(counts)
+        self.stats.loss += float((losses * n).sum())
+
+    # --- the end of a visit --------------------------------------------------------------------------
+
+    def rows(self, w: Tensor) -> dict[str, Tensor]:
+        """What the client keeps, by qualified name; of torch's own memory.
+
+        Args:
+            w: What `ClientHalf.work` returned, ``[1, d]``.
+        """
+        out: dict[str, Tensor] = {}
+        if self._program.private is not None:
+            self._spaces["strategy"]["private"] = w[:, self._program.private]
+        for space, values in self._spaces.items():
+            for key, value in values.items():
+                if not isinstance(value, Tensor) or len(value) != 1:
+                    raise ClientError(f"memory.{key} must be a tensor with the client axis first, [1, ...], got {value!r:.80}")
+                out[f"{space}.{key}"] = value[0].detach().clone()
+        for name, s in self._streams.items():
+            out[f"stream.{name}"] = torch.tensor([s.steps, s.epoch, s.offset], dtype=torch.int64)
+            if self.options.keep_optimizer:
+                out.update({f"stream.{name}.opt.{k}": v[0].clone() for k, v in (s.optimizer or {}).items()})
+        return out

@@ -1,0 +1,103 @@
+"""Atomic checkpoints and exact resume.
+
+A checkpoint is one ``.safetensors`` file: the server's state, the federation's, the index of client memory. Its
+name carries the first 16 digits of its SHA-256, so that a damaged one is known; it is written beside its name
+and renamed, so that a half-written one is never seen. The last two are kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from fedsim import tree
+from fedsim.errors import FedsimError, RunError
+from fedsim.memory import Memory
+from fedsim.rundir import write_atomic
+
+KEEP = 2
+
+
+class Checkpoints:
+    """The checkpoints of one run.
+
+    Args:
+        folder: ``checkpoints/`` of the run.
+        memory: Client memory, saved and restored with the rest.
+    """
+
+    def __init__(self, folder: Path, memory: Memory) -> None:
+        self._folder, self._memory = folder, memory
+        self._indices: dict[Path, dict[str, Any]] = {}
+
+    def save(self, round_num: int, content: Any) -> Path:
+        """Saves a checkpoint and removes old ones.
+
+        Args:
+            round_num: Rounds done.
+            content: A tree (`fedsim.tree`).
+
+        Raises:
+            RunError: The disk is full or not writable; the checkpoint before stays valid.
+        """
+        index = self._memory.flush()
+        text, tensors = tree.flatten({"content": content, "memory": index})
+        data = save({k: t.to("cpu", copy=True).contiguous() for k, t in tensors.items()}, {"tree": text})
+        path = self._folder / f"{round_num:08d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+        write_atomic(path, data)
+        self._indices[path] = index
+        found = files(self._folder)
+        for old in [p for p in found if p != path][: -(KEEP - 1) or None]:
+            old.unlink()
+            self._indices.pop(old, None)
+        self._memory.collect(self._indices.values())
+        return path
+
+    def load(self) -> Any:
+        """Content of the newest checkpoint, with client memory as it was then; None if there is none yet.
+
+        Raises:
+            RunError: It is damaged; says what to do.
+        """
+        found = files(self._folder)
+        if not found:
+            self._memory.restore(None)
+            return None
+        self._indices = {p: tree_of(p)["memory"] for p in found[:-1]}
+        saved = tree_of(found[-1])
+        self._indices[found[-1]] = saved["memory"]
+        self._memory.restore(saved["memory"])
+        return saved["content"]
+
+
+def files(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    return sorted(folder.glob("[0-9]*-*.safetensors"), key=lambda p: (int(p.name.split("-")[0]), p.stat().st_mtime_ns))
+
+
+def tree_of(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds: ``content`` and the index of ``memory``.
+
+    Raises:
+        RunError: It is damaged; says what to do.
+    """
+    try:
+        data = path.read_bytes()
+        if hashlib.sha256(data).hexdigest()[:16] != path.stem.split("-")[1]:
+            raise ValueError("its content does not have the hash in its name")
+        size = int.from_bytes(data[:8], "little")
+        text = json.loads(data[8 : 8 + size])["__metadata__"]["tree"]
+        # Cloned: torch's own memory is aligned, and bits follow alignment.
+        saved: dict[str, Any] = tree.unflatten(text, {k: t.clone() for k, t in load(data).items()})
+    except (OSError, ValueError, KeyError, SafetensorError) as exc:
+        if isinstance(exc, FedsimError):
+            raise
+        raise RunError(
+            f"checkpoint {path} is damaged ({exc}); delete it to resume from the one before, or from the start"
+        ) from exc
+    return saved

@@ -1,0 +1,363 @@
+"""Composes the config tree with Hydra, and checks every value before any work is done.
+
+Fields of plug-ins (strategies, partitioners, ...) are checked by the plug-ins themselves when they are built;
+this file knows the keys that the platform reads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedsim.errors import ConfigError, did_you_mean
+
+Config = dict[str, Any]
+Check = Callable[[str, Any], None]
+
+GROUPS = ("strategy", "recipe", "data", "partition", "model", "client", "participation", "system", "engine", "eval", "tracker", "experiment")
+#: Keys that do not change results; they may differ between a run and its resume.
+NEUTRAL = ("engine", "tracker", "run_dir", "resume", "name", "checkpoint", "rounds", "hydra")
+CONF = Path(__file__).parent / "conf"
+
+
+# --- checks of single values ------------------------------------------------------------------------------
+
+
+def _refuse(key: str, needed: str, got: Any) -> ConfigError:
+    return ConfigError(f"{key} must be {needed}, got {got!r}")
+
+
+def _integer(low: int, null: bool = False) -> Check:
+    def check(key: str, value: Any) -> None:
+        if value is None and null:
+            return
+        if type(value) is not int or value < low:
+            raise _refuse(key, f"a whole number, at least {low}" + (", or null" if null else ""), value)
+
+    return check
+
+
+def _number(interval: str, null: bool = False) -> Check:
+    """A finite number in an interval such as ``(0, 1]`` or ``[0, inf)``."""
+    low, high = (float(x) for x in interval[1:-1].split(","))
+
+    def check(key: str, value: Any) -> None:
+        if value is None and null:
+            return
+        fits = type(value) in (int, float) and math.isfinite(value)
+        fits = fits and (value > low if interval[0] == "(" else value >= low)
+        fits = fits and (value < high if interval[-1] == ")" else value <= high)
+        if not fits:
+            raise _refuse(key, f"a number in {interval}" + (", or null" if null else ""), value)
+
+    return check
+
+
+def _flag(key: str, value: Any) -> None:
+    if type(value) is not bool:
+        raise _refuse(key, "true or false", value)
+
+
+def _choice(*options: Any) -> Check:
+    def check(key: str, value: Any) -> None:
+        if value not in options:
+            names = ", ".join("null" if o is None else str(o) for o in options)
+            raise ConfigError(f"{key} must be one of {names}, got {value!r}{did_you_mean(str(value), map(str, options))}")
+
+    return check
+
+
+def _text(null: bool = False) -> Check:
+    def check(key: str, value: Any) -> None:
+        if not (isinstance(value, str) and value) and not (value is None and null):
+            raise _refuse(key, "text" + (" or null" if null else ""), value)
+
+    return check
+
+
+def _target(key: str, value: Any) -> None:
+    if not isinstance(value, Mapping) or not isinstance(value.get("_target_"), str):
+        raise _refuse(key, "a config with a `_target_` (the Python path of a class)", value)
+
+
+def _named_targets(key: str, value: Any) -> None:
+    if not isinstance(value, Mapping):
+        raise _refuse(key, f"configs by name, such as {key}=[a,b]", value)
+    for name, item in value.items():
+        _target(f"{key}.{name}", item)
+
+
+def _optimizer(key: str, value: Any) -> None:
+    if isinstance(value, Mapping):
+        _target(key, value)
+    else:
+        _choice("sgd", "adam", "adamw")(key, value)
+
+
+def _betas(key: str, value: Any) -> None:
+    if not isinstance(value, list) or len(value) != 2:
+        raise _refuse(key, "two numbers in [0, 1), such as [0.9, 0.999]", value)
+    for i, beta in enumerate(value):
+        _number("[0, 1)")(f"{key}[{i}]", beta)
+
+
+def _augment(key: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise _refuse(key, "a list, such as [flip, crop]", value)
+    for name in value:
+        _choice("flip", "crop")(key, name)
+
+
+def _eval_clients(key: str, value: Any) -> None:
+    if value not in ("participants", "all"):
+        try:
+            _integer(1)(key, value)
+        except ConfigError as exc:
+            raise _refuse(key, "participants, all, or a whole number of clients, at least 1", value) from exc
+
+
+def _device(key: str, value: Any) -> None:
+    if not isinstance(value, str) or not re.fullmatch(r"auto|cpu|cuda(:\d+)?", value):
+        raise _refuse(key, "cpu, cuda, cuda:<number> or auto", value)
+
+
+# Every key that the platform reads itself. A group with a `_target_` may have further keys, its owner's.
+SCHEMA: dict[str, Check] = {
+    "seed": _integer(0),
+    "rounds": _integer(1),
+    "name": _text(null=True),
+    "run_dir": _text(),
+    "resume": _text(null=True),
+    "precision": _choice("float32", "float64"),
+    "strategy": _target,
+    "recipe": _named_targets,
+    "data": _target,
+    "data.augment": _augment,
+    "data.validation": _number("[0, 1)"),
+    "partition": _target,
+    "partition.holdout": _number("[0, 1)"),
+    "model": _target,
+    "model.weights": _text(null=True),
+    "client.optimizer": _optimizer,
+    "client.lr": _number("(0, inf)"),
+    "client.epochs": _integer(1, null=True),
+    "client.steps": _integer(1, null=True),
+    "client.batch_size": _integer(1, null=True),
+    "client.lr_decay": _number("(0, inf)"),
+    "client.momentum": _number("[0, 1)"),
+    "client.nesterov": _flag,
+    "client.betas": _betas,
+    "client.eps": _number("[0, inf)"),
+    "client.weight_decay": _number("[0, inf)"),
+    "client.clip_norm": _number("(0, inf)", null=True),
+    "client.keep_optimizer": _flag,
+    "client.drop_last": _flag,
+    "client.buffers": _choice("mean", "local", "frozen"),
+    "participation": _target,
+    "system": _target,
+    "engine": _target,
+    "engine.device": _device,
+    "engine.threads": _integer(1),
+    "eval.every": _integer(1),
+    "eval.clients": _eval_clients,
+    "tracker": _named_targets,
+    "stop.target_accuracy": _number("(0, 1]", null=True),
+    "stop.patience": _integer(1, null=True),
+    "stop.virtual_seconds": _number("(0, inf)", null=True),
+    "checkpoint.every": _integer(0),
+    "checkpoint.seconds": _number("[0, inf)"),
+    "checkpoint.memory": _choice("ram", "disk"),
+}
+_OPEN = {key for key, check in SCHEMA.items() if check in (_target, _named_targets)}
+
+
+def check(config: Config) -> None:
+    """Checks every value that the platform reads.
+
+    Raises:
+        ConfigError: A key is unknown or missing, or a value impossible; names the key.
+    """
+    known = {k.split(".")[0] for k in SCHEMA}
+    for top, value in config.items():
+        if top not in known:
+            raise ConfigError(f"unknown key '{top}'{did_you_mean(top, known)}")
+        fields = [k.split(".", 1)[1] for k in SCHEMA if k.startswith(f"{top}.")]
+        if top not in SCHEMA and not isinstance(value, Mapping):
+            raise _refuse(top, f"a group with the keys {', '.join(fields)}", value)
+        if fields and top not in _OPEN:
+            for name in value:
+                if name not in fields:
+                    raise ConfigError(f"unknown key '{top}.{name}'{did_you_mean(name, fields)}; known: {', '.join(fields)}")
+    for key, test in SCHEMA.items():
+        node: Any = config
+        for part in key.split("."):
+            if not isinstance(node, Mapping) or part not in node:
+                raise ConfigError(f"key '{key}' is missing; does a config file of yours leave it out?")
+            node = node[part]
+            if node is None and key.startswith("partition"):  # data that bring their own clients
+                break
+        else:
+            test(key, node)
+    _check_together(config)
+
+
+def _check_together(config: Config) -> None:
+    client, stop = config["client"], config["stop"]
+    if (client["epochs"] is None) == (client["steps"] is None):
+        raise ConfigError(
+            f"give one of client.epochs and client.steps and set the other to null; "
+            f"got epochs={client['epochs']}, steps={client['steps']}"
+        )
+    optimizer = client["optimizer"]
+    foreign = {"sgd": ("betas", "eps"), "adam": ("momentum", "nesterov"), "adamw": ("momentum", "nesterov")}
+    unused = foreign.get(optimizer, ()) if isinstance(optimizer, str) else ("momentum", "nesterov", "betas", "eps", "weight_decay")
+    for name in unused:
+        if client[name] != default_config()["client"][name]:
+            raise ConfigError(f"client.{name} has no effect with client.optimizer={optimizer}; remove it or change the optimizer")
+    if client["nesterov"] and not client["momentum"]:
+        raise ConfigError("client.nesterov=true needs client.momentum > 0, got client.momentum=0")
+    for name in ("target_accuracy", "patience"):
+        if stop[name] is not None and not config["data"]["validation"]:
+            raise ConfigError(
+                f"stop.{name} looks at validation data that the server keeps; set data.validation, such as data.validation=0.1"
+            )
+
+
+# --- composing --------------------------------------------------------------------------------------------
+
+
+def compose(overrides: Sequence[str]) -> Config:
+    """The config tree with overrides in Hydra's grammar, resolved.
+
+    Raises:
+        ConfigError: An override is malformed, or names a key or an option that does not exist.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("fedsim.conf", version_base="1.3"):
+            tree = hydra_compose("config", list(overrides))
+            return to_config(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
+    except (HydraException, OmegaConfBaseException) as exc:
+        raise ConfigError(explain(exc)) from exc
+
+
+def to_config(tree: Any) -> Config:
+    """A plain config from Hydra's, without what is Hydra's own."""
+    config = {str(k): v for k, v in tree.items() if k not in ("hydra", "experiment")}
+    config["recipe"] = config.get("recipe") or {}
+    return config
+
+
+def explain(exc: BaseException) -> str:
+    """One line for an error of Hydra or OmegaConf, with the nearest name that exists."""
+    text = " ".join(str(exc).split())
+    if m := re.search(r"Could not override '([^']+)'", text):
+        key, known = m[1].lstrip("+~").split("@")[0], list(leaves(default_config()))
+        if key in GROUPS and (m2 := re.search(r"Could not override '[^']+'\.? ?No match", text)):
+            return f"unknown group '{key}': {m2[0]}"
+        near = did_you_mean(key, [*known, *GROUPS, *{k.rsplit('.', 1)[0] for k in known if '.' in k}])
+        return f"unknown key '{key}'{near}; `fedsim list` shows groups and keys (add a new key with +{key}=...)"
+    if m := re.search(r"(?:Could not find|Could not load) '([^']+)'", text):
+        group, _, option = m[1].partition("/")
+        options = list_options(group)
+        if options:
+            return f"{group} has no option '{option}'{did_you_mean(option, options)}; it has: {', '.join(options)}"
+        return f"there is no config '{m[1]}'"
+    if m := re.search(r"Missing mandatory value: (\S+)", text):
+        return f"{m[1]} has no value yet; set it, such as {m[1]}=..."
+    if "mismatched input" in text or "no viable alternative" in text or "extraneous input" in text or "token recognition" in text:
+        return f"cannot read an override: {text.split(' See https')[0]}; an override is key=value, such as client.lr=0.1 (quote what holds commas or spaces)"
+    return text.split(" See https")[0]
+
+
+def list_options(group: str) -> list[str]:
+    """The options of a config group."""
+    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+
+
+_DEFAULT: list[Config] = []
+
+
+def default_config() -> Config:
+    """The config without overrides."""
+    if not _DEFAULT:
+        _DEFAULT.append(compose([]))
+    return _DEFAULT[0]
+
+
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """All keys, dotted."""
+    for key, value in config.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}"
+
+
+def config_hash(config: Config) -> str:
+    """Hash of all that results depend on, the number of rounds included."""
+    kept = {k: v for k, v in config.items() if k not in NEUTRAL or k == "rounds"}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def dump(config: Config) -> str:
+    """The config as YAML."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.create(config))
+
+
+def load(path: Path) -> Config:
+    """A run's ``config.yaml``.
+
+    Raises:
+        ConfigError: It is missing or damaged.
+    """
+    from omegaconf import OmegaConf
+
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path))
+        if not isinstance(tree, dict):
+            raise ValueError("not a mapping")
+    except FileNotFoundError as exc:
+        raise ConfigError(f"{path} does not exist; is {path.parent} a run directory?") from exc
+    except Exception as exc:  # YAML's errors have no common base with OmegaConf's
+        raise ConfigError(f"{path} is damaged ({' '.join(str(exc).split())[:200]}); restore it from a copy") from exc
+    return {str(k): v for k, v in tree.items()}
+
+
+def resume_config(overrides: Sequence[str]) -> tuple[Config, Path]:
+    """The config of the run that ``resume=`` names, with what may change on a resume changed.
+
+    Raises:
+        ConfigError: It is no run directory, or another override would change results.
+    """
+    given = dict(o.split("=", 1) for o in overrides if "=" in o)
+    run = Path(given.pop("resume"))
+    saved = load(run / "config.yaml") if run.is_dir() else None
+    if saved is None:
+        raise ConfigError(f"resume={run}: no such directory; give a run directory such as runs/<name>/<timestamp>-<hash>")
+    for key, value in given.items():
+        top = key.lstrip("+~").split(".")[0].split("/")[0]
+        if top not in NEUTRAL:
+            raise ConfigError(
+                f"resume goes on with the run's own config; {key}={value} would make it another experiment "
+                f"(only {', '.join(k for k in NEUTRAL if k not in ('hydra', 'resume', 'run_dir', 'name'))} may change)"
+            )
+    changed = compose([o for o in overrides if not o.startswith("resume=")])
+    for key in {k.lstrip("+~").split(".")[0].split("/")[0] for k in given}:
+        saved[key] = changed[key]
+    saved["resume"] = str(run)
+    return saved, run

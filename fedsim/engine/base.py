@@ -1,0 +1,143 @@
+"""What passes between the federation and an engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+from fedsim.reduce import Node
+from fedsim.strategy import ClientHalf
+
+Rows = dict[str, Tensor]  # one client's memory by qualified name
+
+
+@dataclass(frozen=True)
+class Task:
+    """A piece of a cohort to train.
+
+    Attributes:
+        clients: Client ids, in order.
+        visits: Number of each client's visit.
+        memory: Each client's memory rows.
+        sent: Handle of the broadcast payload (`Engine.put`).
+        unicast: Payload for these clients only, ``[C, ...]`` each.
+        half: The half of a phase; None: the strategy's own.
+        phase: ``train`` or the name of a phase.
+        round_num: Number of the round.
+        first_leaf: Place of the first client in the reduction tree.
+        num_leaves: Size of the reduction tree.
+        steps: Local steps instead of the configured work.
+        epochs: Local epochs instead of the configured work.
+        model: Another build of the network: a function of the module, equal and hashable by value.
+    """
+
+    clients: tuple[int, ...]
+    visits: tuple[int | str, ...]
+    memory: tuple[Rows, ...]
+    sent: Any
+    unicast: dict[str, Any]
+    half: ClientHalf | None
+    phase: str
+    round_num: int
+    first_leaf: int
+    num_leaves: int
+    steps: int | None = None
+    epochs: int | None = None
+    model: Callable[[nn.Module], nn.Module] | None = None
+
+
+@dataclass
+class Outcome:
+    """What a piece of a cohort sends back.
+
+    Attributes:
+        kinds: Reduction of every entry.
+        nodes: Partial sums of the reduction tree, by entry.
+        rows: Rows of every ``stack`` or ``concat`` entry, one item per client.
+        memory: Each client's new memory rows.
+        bytes_up: Bytes that each client is charged.
+        steps: Local steps of each client.
+        examples: Examples that each client processed, repeats counted.
+        losses: Sum over those examples of the training loss, per client.
+        num_examples: Training examples of each client.
+    """
+
+    kinds: dict[str, str] = field(default_factory=dict)
+    nodes: dict[str, dict[Node, tuple[Tensor, ...]]] = field(default_factory=dict)
+    rows: dict[str, list[Any]] = field(default_factory=dict)
+    memory: list[Rows] = field(default_factory=list)
+    bytes_up: list[int] = field(default_factory=list)
+    steps: list[int] = field(default_factory=list)
+    examples: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+    num_examples: list[int] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class EvalTask:
+    """Examples to score: a range of the server's test or validation split, or clients' own examples.
+
+    Attributes:
+        split: ``test``, ``validation``, or ``heldout`` (of ``clients``).
+        mode: ``global`` or ``personal``.
+        sent: Handle of the broadcast payload.
+        rows: Range of the split, for ``test`` and ``validation``.
+        clients: Client ids, for ``heldout``.
+        memory: Each client's memory rows.
+        unicast: Payload for these clients only.
+        round_num: Number of the round.
+    """
+
+    split: str
+    mode: str
+    sent: Any
+    rows: tuple[int, int] = (0, 0)
+    clients: tuple[int, ...] = ()
+    memory: tuple[Rows, ...] = ()
+    unicast: dict[str, Any] = field(default_factory=dict)
+    round_num: int = 0
+
+
+@dataclass(frozen=True)
+class Score:
+    """Sums over scored examples.
+
+    Attributes:
+        count: Number of examples.
+        loss: Sum of their losses.
+        confusion: Row: true class, column: predicted; int64 ``[K, K]``; empty for regression.
+    """
+
+    count: int
+    loss: float
+    confusion: Tensor
+
+
+class Engine(Protocol):
+    """Runs tasks. Tickets may be redeemed in any order; a ticket is redeemed once."""
+
+    #: Pieces that a cohort should be cut into at least, to keep all workers busy.
+    slots: int
+
+    def put(self, payload: dict[str, Any]) -> Any:
+        """Makes a payload available to all workers; returns a handle for `Task.sent`."""
+        ...
+
+    def submit(self, task: Task | EvalTask) -> Any:
+        """Takes a task; returns a ticket."""
+        ...
+
+    def result(self, ticket: Any) -> Any:
+        """Waits for a task: an `Outcome`, or a list of `Score` (one per client or range).
+
+        Raises:
+            ClientError: Local training failed.
+        """
+        ...
+
+    def close(self) -> None:
+        """Ends all workers."""
+        ...

@@ -1,0 +1,39 @@
+"""The engine of this process: no workers, no start-up; for debugging and small runs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from fedsim.engine.base import EvalTask, Task
+from fedsim.engine.worker import Worker
+from fedsim.program import Program
+
+
+class InlineEngine:
+    """Runs every task in this process, when its result is asked for.
+
+    Args:
+        program: What to run.
+        threads: Threads of torch. Part of the experiment: another number gives other bits.
+    """
+
+    slots = 1
+
+    def __init__(self, program: Program, threads: int = 1) -> None:
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        self._worker = Worker(program)
+
+    def put(self, payload: dict[str, Any]) -> dict[str, Any]:
+        return payload
+
+    def submit(self, task: Task | EvalTask) -> Task | EvalTask:
+        return task
+
+    def result(self, ticket: Task | EvalTask) -> Any:
+        return self._worker.run(ticket)
+
+    def close(self) -> None:
+        torch.set_num_threads(self._threads)

@@ -1,0 +1,219 @@
+"""Client work, wherever it runs: one task in, one outcome out, nothing kept between tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedsim.clients.batch import Batch
+from fedsim.clients.local import Local, Visit
+from fedsim.engine.base import EvalTask, Outcome, Score, Task
+from fedsim.errors import ClientError, ConfigError, FedsimError
+from fedsim.network import Point, map_tensors
+from fedsim.program import Program
+from fedsim.reduce import Entry, TreeSum, leaf, nbytes, tensors_in
+from fedsim.strategy import SERVER
+
+EVAL_BATCH = 500
+
+
+class Worker:
+    """Runs tasks of one program, one client at a time.
+
+    Args:
+        program: The network, the data and the method.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+
+    def run(self, task: Task | EvalTask) -> Outcome | list[Score]:
+        """Runs a task to its end.
+
+        Raises:
+            ClientError: Local training failed; names the client, the round and the seed.
+        """
+        with _own_random_state():
+            return self._train(task) if isinstance(task, Task) else self._score(task)
+
+    # --- training ------------------------------------------------------------------------------------
+
+    def _train(self, task: Task) -> Outcome:
+        program, out = self.program if task.model is None else self.program.variant(task.model), Outcome()
+        trees: dict[str, TreeSum] = {}
+        sent = lead(task.sent, self.program.device)
+        hooks = program.hooks if task.half is None else program.phase_hooks(task.half)
+        buffers: Tensor | None = task.sent.get("buffers")
+        for i, client in enumerate(task.clients):
+            rows = task.memory[i]
+            visit = Visit(client, task.round_num, task.phase, task.visits[i], "train", task.steps, task.epochs, rows)
+            try:
+                with _read_only(task.sent, rows):
+                    own = self._bind_buffers(program, buffers, rows)
+                    local = Local(program, visit, sent | _lane(task.unicast, i), hooks)
+                    w = local._hooks.single("work")
+                    _check_vector(w, local)
+                    # The rows are taken after `finish`, which may still assign to memory.
+                    entries = local._hooks.finish(w)
+                    new = local.rows(w)
+                if own is not None:
+                    if program.options.buffers == "mean":
+                        entries["buffers"] = Entry("mean", own.unsqueeze(0))
+                    elif program.options.buffers == "local":
+                        new["buffers.local"] = own
+                self._reduce(out, trees, entries, local, task.first_leaf + i, task.num_leaves)
+            except FedsimError as exc:
+                raise ClientError(f"{_where(task, i, program.seed)}: {exc}") from exc
+            except Exception as exc:
+                raise ClientError(f"{_where(task, i, program.seed)}: {type(exc).__name__}: {exc}") from exc
+            out.memory.append(new)
+            out.bytes_up.append(0 if client == SERVER else sum(_charge(program, e) for e in entries.values()))
+            out.steps.append(local.stats.steps)
+            out.examples.append(local.stats.examples)
+            out.losses.append(local.stats.loss)
+            out.num_examples.append(local.n)
+        out.nodes = {name: tree.nodes for name, tree in trees.items()}
+        return out
+
+    def _reduce(self, out: Outcome, trees: dict[str, TreeSum], entries: dict[str, Entry], local: Local, place: int, size: int) -> None:
+        kinds = {name: e.kind for name, e in entries.items()}
+        if out.kinds and out.kinds != kinds:
+            raise ClientError(f"finish() returned {kinds}, other clients returned {out.kinds}; names and reductions must be equal")
+        out.kinds = kinds
+        for name, entry in entries.items():
+            if entry.kind == "concat":
+                out.rows.setdefault(name, []).append(map_tensors(_keep, entry.value[0]))
+                continue
+            if not isinstance(entry.value, Tensor) or len(entry.value) != 1:
+                raise ClientError(f"entry '{name}' must be a tensor with the client axis first, [1, ...]")
+            if entry.kind == "stack":
+                # The sum is finite only if every number is: cheaper than isfinite, and nothing overflows float64.
+                _finite(name, entry.value.double().sum())
+                out.rows.setdefault(name, []).append(_keep(entry.value[0]))
+                continue
+            value = leaf(entry, local.num_examples.to(entry.value.device))
+            _finite(name, value[0].sum())
+            trees.setdefault(name, TreeSum(size)).add((0, place), value)
+
+    def _bind_buffers(self, program: Program, shared: Tensor | None, rows: Mapping[str, Tensor]) -> Tensor | None:
+        network = program.network
+        if not network.buffer_layout.d:
+            network.bind_buffers(network.initial_buffers)
+            return None
+        own = rows.get("buffers.local") if program.options.buffers == "local" else None
+        start = own if own is not None else shared if shared is not None else network.initial_buffers
+        buffers = start.to(network.device).clone()
+        network.bind_buffers(buffers)
+        return buffers
+
+    # --- evaluation ----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _score(self, task: EvalTask) -> list[Score]:
+        program, scores = self.program, []
+        sent, buffers = lead(task.sent, self.program.device), task.sent.get("buffers")
+        if task.split != "heldout":
+            split = program.dataset.test if task.split == "test" else program.server
+            assert split is not None
+            local = Local(program, Visit(SERVER, task.round_num, "evaluate", task.round_num, "global", part="none"), sent)
+            self._bind_buffers(program, buffers, {})
+            a, b = task.rows
+            return [self._score_rows(local, local.start, split.x, split.y, torch.arange(a, b))]
+        for i, client in enumerate(task.clients):
+            visit = Visit(client, task.round_num, "evaluate", task.round_num, task.mode, memory=task.memory[i])
+            local = Local(program, visit, sent | _lane(task.unicast, i))
+            self._bind_buffers(program, buffers, task.memory[i] if task.mode == "personal" else {})
+            w = local._hooks.single("personal") if task.mode == "personal" else sent["w"]
+            shard = program.shard(client, "heldout")
+            scores.append(self._score_rows(local, w, shard.x, shard.y, shard.rows))
+        return scores
+
+    def _score_rows(self, local: Local, w: Tensor, x: Tensor, y: Tensor, rows: Tensor) -> Score:
+        program, classes = self.program, self.program.dataset.num_classes
+        network = program.network
+        network.train(False)
+        point = Point(network, w)
+        loss, confusion = 0.0, torch.zeros(classes, classes, dtype=torch.int64)
+        for chunk in rows.split(EVAL_BATCH):
+            inputs = program.inputs(x.index_select(0, chunk.to(x.device)))
+            labels = program.targets(y.index_select(0, chunk.to(y.device)))
+            batch = Batch(x=inputs.unsqueeze(0), y=labels.unsqueeze(0), index=chunk.unsqueeze(0), weight=None)
+            outputs = local._hooks.single("predict", point, batch)[0]
+            if labels.is_floating_point():
+                loss += float((outputs.view_as(labels).double() - labels).square().sum()) / 2
+                continue
+            if outputs.shape != (len(chunk), classes):
+                raise ConfigError(
+                    f"the model's output has shape {tuple(outputs.shape)} for a batch of {len(chunk)}; "
+                    f"{program.dataset.name} has {classes} classes, so {(len(chunk), classes)} is needed"
+                )
+            loss += float(F.cross_entropy(outputs.double(), labels, reduction="sum"))
+            pairs = (labels * classes + outputs.argmax(-1)).cpu()
+            confusion += torch.bincount(pairs, minlength=classes**2).view(classes, classes)
+        return Score(len(rows), loss, confusion)
+
+
+def lead(sent: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
+    """A broadcast payload as hooks see it: on the device, with a client axis of 1."""
+    return {k: map_tensors(lambda t: t.to(device).unsqueeze(0), v) for k, v in sent.items() if k != "buffers"}
+
+
+def _charge(program: Program, entry: Entry) -> int:
+    """Bytes that a client is charged for an entry; of a parameter vector the shared coordinates travel."""
+    if entry.nbytes is not None:
+        return entry.nbytes
+    value = entry.value[0]
+    if isinstance(value, Tensor) and value.shape[-1:] == (program.layout.d,):
+        return nbytes(value) // program.layout.d * program.shared_size
+    return nbytes(value)
+
+
+def _where(task: Task, i: int, seed: int) -> str:
+    who = "the server's visit" if task.clients[i] == SERVER else f"client {task.clients[i]}"
+    phase = "" if task.phase == "train" else f", phase {task.phase}"
+    return f"round {task.round_num}{phase}, {who} (seed {seed}): local training failed"
+
+
+def _check_vector(w: object, local: Local) -> None:
+    shape = tuple(local.start.shape)
+    if not isinstance(w, Tensor) or tuple(w.shape) != shape:
+        got = tuple(w.shape) if isinstance(w, Tensor) else type(w).__name__
+        raise ClientError(f"work() must return parameters of shape {shape}, got {got}")
+
+
+def _finite(name: str, total: Tensor) -> None:
+    if not bool(total.isfinite()):
+        raise ClientError(f"entry '{name}' is not finite; lower client.lr, or bound the step with client.clip_norm")
+
+
+def _keep(t: Tensor) -> Tensor:
+    return t.detach().clone()
+
+
+def _lane(unicast: Mapping[str, Any], i: int) -> dict[str, Any]:
+    return {k: map_tensors(lambda t: t[i : i + 1], v) if not isinstance(v, list) else v[i] for k, v in unicast.items()}
+
+
+@contextmanager
+def _own_random_state() -> Iterator[None]:
+    """Leaves torch's global generator as it was."""
+    state = torch.default_generator.get_state()
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
+
+
+@contextmanager
+def _read_only(*trees: Any) -> Iterator[None]:
+    """Refuses hooks that write into what was sent or remembered: a retry would start from other numbers."""
+    tensors = [t for tree in trees for t in tensors_in(tree)]
+    versions = [t._version for t in tensors]
+    yield
+    if [t._version for t in tensors] != versions:
+        raise ClientError("a hook changed local.start, local.sent or local.memory in place; assign a new tensor instead")

@@ -1,0 +1,46 @@
+"""Errors that a user can cause: one clear line, and an exit status."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class FedsimError(Exception):
+    """An error with a message meant for the user; ``fedsim`` prints it without a traceback.
+
+    Attributes:
+        status: Exit status of the command: 2 for what the user asked, 1 for what happened later.
+    """
+
+    status = 2
+
+
+class ConfigError(FedsimError, ValueError):
+    """The configuration asks for something impossible; raised before any work is done."""
+
+
+class DataError(FedsimError, ValueError):
+    """Data are missing, damaged, or do not fit the model or the partition."""
+
+
+class RunError(FedsimError, RuntimeError):
+    """The run failed after it had started."""
+
+    status = 1
+
+
+class ClientError(RunError):
+    """Local training failed; names the client, the round and the seed."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`` (did you mean 'x'?)`` for the nearest known name, or the empty string.
+
+    Args:
+        name: What the user wrote.
+        known: The names that would have been right.
+    """
+    from difflib import get_close_matches
+
+    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean '{near[0]}'?)" if near else ""

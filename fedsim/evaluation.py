@@ -1,0 +1,52 @@
+"""Figures of merit from sums over scored examples, and how they spread over clients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedsim.engine.base import Score
+
+
+def merge(scores: Sequence[Score]) -> Score:
+    """The score of all examples together."""
+    confusion = torch.stack([s.confusion for s in scores]).sum(0)
+    return Score(sum(s.count for s in scores), math.fsum(s.loss for s in scores), confusion)
+
+
+def metrics(score: Score) -> dict[str, Any]:
+    """Loss, and for classification accuracy, macro-F1 and the accuracy of each class.
+
+    Macro-F1 is the unweighted mean of ``2 TP / (2 TP + FP + FN)`` over the classes that occur among labels or
+    predictions; the accuracy of a class without examples is NaN.
+
+    Returns:
+        ``loss``, ``accuracy``, ``macro_f1`` (floats) and ``class_accuracy`` (list of K floats).
+    """
+    out: dict[str, Any] = {"loss": score.loss / score.count if score.count else math.nan}
+    if not score.confusion.numel():
+        return out
+    hits, labels, predicted = score.confusion.diagonal().double(), score.confusion.sum(1), score.confusion.sum(0)
+    out["accuracy"] = float(hits.sum() / score.count) if score.count else math.nan
+    seen = labels + predicted
+    out["macro_f1"] = float((2 * hits / seen)[seen > 0].mean()) if score.count else math.nan
+    out["class_accuracy"] = (hits / labels).tolist()
+    return out
+
+
+def spread(values: Sequence[float], prefix: str) -> dict[str, float]:
+    """Mean, standard deviation (of the population) and mean of the worst tenth, by name.
+
+    Args:
+        values: One figure per client, higher is better; NaN (a client without examples) is left out.
+        prefix: Of the names: ``<prefix>_mean``, ``<prefix>_std``, ``<prefix>_worst10``.
+    """
+    v = np.sort(np.asarray([x for x in values if not math.isnan(x)], dtype=np.float64))
+    if not len(v):
+        return {}
+    worst = v[: max(1, math.ceil(len(v) / 10))]
+    return {f"{prefix}_mean": float(v.mean()), f"{prefix}_std": float(v.std()), f"{prefix}_worst10": float(worst.mean())}

@@ -1,0 +1,535 @@
+"""The handle that a strategy drives: sample, train, dispatch, evaluate, time, randomness.
+
+A strategy sees clients and reduced entries; pieces, workers, memory rows and bytes stay behind this file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim import random
+from fedsim.clients.participation import Participation
+from fedsim.clients.systems import System
+from fedsim.clock import Clock
+from fedsim.engine.base import Engine, EvalTask, Outcome, Score, Task
+from fedsim.errors import RunError
+from fedsim.evaluation import merge, metrics
+from fedsim.memory import Memory
+from fedsim.program import Program
+from fedsim.reduce import Reduced, Rows, Sized, TreeSum, finish, nbytes, tensors_in
+from fedsim.strategy import SERVER, ClientHalf
+from fedsim.vector import Layout
+
+Charge = tuple[str, int, int | None]  # name, bytes, digest of the content of a `once` payload
+PIECE = 32  # clients in one task, at most
+EVAL_ROWS = 4_000  # examples in one evaluation task; the order of sums follows from it
+
+
+@dataclass
+class Round:
+    """What one round did, for the metrics.
+
+    Attributes:
+        bytes_down: Bytes sent to clients.
+        bytes_up: Bytes sent by clients.
+        clients: Visits.
+        failures: Visits that failed and were not repeated with success.
+        steps: Local steps.
+        examples: Examples processed, repeats counted.
+        loss: Sum over those examples of the training loss, phase ``train`` only.
+        trained: Number of those examples.
+    """
+
+    bytes_down: int = 0
+    bytes_up: int = 0
+    clients: int = 0
+    failures: int = 0
+    steps: int = 0
+    examples: int = 0
+    loss: float = 0.0
+    trained: int = 0
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something that happened in virtual time.
+
+    Attributes:
+        kind: ``arrival`` or ``timer``.
+        time: When, in nanoseconds.
+        client: Who arrived; None for a timer.
+        tag: The tag of a timer; None for an arrival.
+        update: The arrived client's entries, reduced over itself; None if it was dispatched without training.
+    """
+
+    kind: str
+    time: int
+    client: int | None = None
+    tag: str | int | None = None
+    update: Reduced | None = None
+
+
+@dataclass(frozen=True)
+class Flight:
+    """A task under way: enough to compute it again after a resume.
+
+    Attributes:
+        client: Client id.
+        visit: The client's task number.
+        round_num: Round in which it was handed out.
+        steps: Local steps, or None for the configured work.
+        sent: What went down.
+        unicast: What went down to this client alone.
+        marks: Digests of the `once` payloads that are new to the client, by memory row.
+        train: Whether anything is computed.
+    """
+
+    client: int
+    visit: int
+    round_num: int
+    steps: int | None
+    sent: dict[str, Any]
+    unicast: dict[str, Any]
+    marks: dict[str, Tensor]
+    train: bool
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A task with what the driver books when it is done.
+
+    Attributes:
+        task: The task.
+        old: The clients' memory rows.
+        down: Bytes sent to each client.
+        marks: Memory rows that say which `once` payloads each client now has.
+    """
+
+    task: Task
+    old: list[dict[str, Tensor]]
+    down: list[int]
+    marks: list[dict[str, Tensor]]
+
+
+@dataclass
+class Federation:
+    """A population of clients and a server, between rounds and inside of one.
+
+    Attributes:
+        program: Network, data and method.
+        engine: Runs client work.
+        participation: Who takes part.
+        system: How long it takes.
+        memory: What clients keep.
+        log: Metrics of the method's own for the current round: ``fed.log["name"] = value``.
+        round_num: Number of the current round, from 1; 0 in `Strategy.prepare`.
+    """
+
+    program: Program
+    engine: Engine
+    participation: Participation
+    system: System
+    memory: Memory
+    log: dict[str, Any] = field(default_factory=dict)
+    round_num: int = 0
+
+    def __post_init__(self) -> None:
+        self._clock = Clock()
+        self._round = Round()
+        self._calls: dict[str, int] = {}
+        self._visits: dict[int, int] = {}
+        self._flights: dict[int, Flight] = {}
+        self._tickets: dict[int, Any] = {}
+        self._digests: dict[str, tuple[Any, int]] = {}
+        self.buffers = self.program.network.initial_buffers if self.program.network.buffer_layout.d else None
+
+    # --- what a strategy asks -------------------------------------------------------------------------
+
+    @property
+    def num_clients(self) -> int:
+        """Size of the population."""
+        return len(self.program.clients)
+
+    @property
+    def layout(self) -> Layout:
+        """Of the parameter vector."""
+        return self.program.layout
+
+    @property
+    def module(self) -> nn.Module:
+        """The network; copy it before changing it."""
+        return self.program.network.module
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return self.program.seed
+
+    @property
+    def now(self) -> int:
+        """Virtual time in nanoseconds."""
+        return self._clock.now
+
+    def generator(self, purpose: str, *index: int | str) -> torch.Generator:
+        """A stream of the server's own random numbers for this round."""
+        return random.generator(self.seed, purpose, "server", self.round_num, *index)
+
+    def sample(self) -> list[int]:
+        """The round's cohort, in id order; a second call in a round draws another."""
+        call = self._count("sample")
+        return self.participation.sample(
+            self.num_clients, random.numpy_generator(self.seed, "participation", self.round_num, call)
+        )
+
+    def train(
+        self,
+        clients: Iterable[int],
+        state: Any,
+        *,
+        half: ClientHalf | None = None,
+        send: Mapping[str, Any] | None = None,
+        phase: str = "train",
+        steps: int | None = None,
+        epochs: int | None = None,
+        model: Callable[[nn.Module], nn.Module] | None = None,
+    ) -> Reduced:
+        """One visit of each client, side by side, up to a barrier.
+
+        Args:
+            clients: Ids, in any order; `SERVER` is the server itself.
+            state: Server state, for `Strategy.broadcast` and `Strategy.unicast`.
+            half: A phase's own client half; default: the strategy's.
+            send: What goes down, instead of the broadcast.
+            phase: Name of the phase; it has its own random streams.
+            steps: Local steps instead of the configured work.
+            epochs: Local epochs instead of the configured work.
+            model: Another build of the network: a function of the module, equal and hashable by value. What
+                is sent must fit it.
+
+        Returns:
+            The entries, reduced in an order that does not depend on the engine.
+
+        Raises:
+            ClientError: Local training failed.
+        """
+        cohort = tuple(sorted(set(clients)))
+        self._check_clients(cohort)
+        call = self._count(f"train.{phase}")
+        visit: int | str = self.round_num if call == 0 else f"{self.round_num}.{call}"
+        program = self.program if model is None else self.program.variant(model)
+        strategy = self.program.strategy
+        sent, charges = self._payload(strategy.broadcast(state) if send is None else send)
+        whole = Task((), (), (), self.engine.put(sent), {}, half, phase, self.round_num, 0, len(cohort), steps, epochs, model)
+        collector = Collector(program, len(cohort))
+        waiting: deque[tuple[Piece, Any]] = deque()
+        slowest, size = 0, max(1, min(PIECE, -(-len(cohort) // self.engine.slots)))
+        for first in range(0, len(cohort), size):
+            part = cohort[first : first + size]
+            unicast = {} if send is not None else strategy.unicast(state, part)
+            piece = self._piece(replace(whole, clients=part, visits=(visit,) * len(part), unicast=unicast, first_leaf=first), charges)
+            waiting.append((piece, self.engine.submit(piece.task)))
+            while waiting and (len(waiting) > 2 * self.engine.slots or first + size >= len(cohort)):
+                done, ticket = waiting.popleft()
+                outcome: Outcome = self.engine.result(ticket)
+                slowest = max(slowest, self._adopt(done, outcome))
+                collector.add(outcome)
+        self._clock.advance(slowest)
+        return self._reduced(collector, cohort, program)
+
+    def dispatch(self, client: int, state: Any, steps: int | None = None, *, train: bool = True) -> int:
+        """Hands a task to one client; it arrives as an event. At most one task per client is under way.
+
+        Args:
+            client: Client id.
+            state: Server state that it starts from.
+            steps: Local steps; default: the configured work.
+            train: False: only time passes (to simulate a schedule).
+
+        Returns:
+            When it will arrive, in nanoseconds.
+        """
+        self._check_clients((client,))
+        if client in self._flights:
+            raise RunError(f"client {client} is still at work on its task {self._flights[client].visit}; wait for its arrival")
+        strategy = self.program.strategy
+        sent, charges = self._payload(strategy.broadcast(state))
+        visit = self._visits[client] = self._visits.get(client, 0) + 1
+        task = Task((client,), (visit,), (), sent, strategy.unicast(state, (client,)), None, "train", self.round_num, 0, 1, steps)
+        piece = self._piece(task, charges)
+        planned = self.program.options.planned_steps(len(self.program.shard(client))) if steps is None else steps
+        bytes_up = 4 * self.program.shared_size
+        arrival = self.now + self.system.duration_ns(client, visit, planned, piece.down[0], bytes_up, self.seed)
+        self._round.bytes_down += piece.down[0]
+        self._launch(Flight(client, visit, self.round_num, steps, sent, task.unicast, piece.marks[0], train))
+        self._clock.schedule(arrival, "arrival", client)
+        return arrival
+
+    def timer(self, time: int, tag: str | int) -> None:
+        """Asks for an event at ``time`` (nanoseconds) with this tag."""
+        self._clock.schedule(time, "timer", tag)
+
+    def next_event(self) -> Event:
+        """The next arrival or timer; virtual time moves to it. The order does not depend on real speed.
+
+        Raises:
+            RunError: Nothing is under way and no timer is set.
+        """
+        event = self._clock.pop()
+        if event.kind == "timer":
+            return Event("timer", event.time, tag=event.key)
+        client = int(event.key)
+        flight = self._flights.pop(client)
+        if not flight.train:
+            return Event("arrival", event.time, client)
+        piece, ticket = self._tickets.pop(client)
+        outcome = self.engine.result(ticket)
+        self._adopt(piece, outcome)
+        collector = Collector(self.program, 1)
+        collector.add(outcome)
+        return Event("arrival", event.time, client, update=self._reduced(collector, (client,), self.program))
+
+    def evaluate(self, state: Any, split: str = "test") -> dict[str, Any]:
+        """Scores the global model.
+
+        Args:
+            state: Server state.
+            split: ``test`` or ``validation`` (the server's own).
+
+        Returns:
+            ``loss``; for classification also ``accuracy``, ``macro_f1`` and ``class_accuracy`` (a list).
+        """
+        data = self.program.dataset.test if split == "test" else self.program.server
+        if data is None or not len(data):
+            raise RunError("there is no validation split: set data.validation" if split != "test" else "the test set is empty")
+        handle = self.engine.put(self.payload(state))
+        tasks = [
+            EvalTask(split, "global", handle, rows=(a, min(a + EVAL_ROWS, len(data))), round_num=self.round_num)
+            for a in range(0, len(data), EVAL_ROWS)
+        ]
+        return metrics(merge(self._run_all(tasks)))
+
+    def evaluate_clients(self, state: Any, clients: Sequence[int], mode: str = "global") -> list[Score]:
+        """Scores a model on each client's held-out examples.
+
+        Args:
+            state: Server state.
+            clients: Client ids.
+            mode: ``global``, or ``personal`` for the client's own model (`Strategy.personal`).
+        """
+        strategy = self.program.strategy
+        handle = self.engine.put(self.payload(state))
+        tasks = []
+        for first in range(0, len(clients), PIECE):
+            part = tuple(clients[first : first + PIECE])
+            rows = tuple(self.memory.get(part))
+            tasks.append(EvalTask("heldout", mode, handle, (0, 0), part, rows, strategy.unicast(state, part), self.round_num))
+        return self._run_all(tasks)
+
+    # --- the round, for the driver --------------------------------------------------------------------
+
+    def begin_round(self, number: int) -> None:
+        """Starts round ``number``: counters and the method's own metrics start anew."""
+        self.round_num, self._round, self.log, self._calls = number, Round(), {}, {}
+
+    @property
+    def done(self) -> Round:
+        """What the current round did so far."""
+        return self._round
+
+    @property
+    def virtual_seconds(self) -> float:
+        """Virtual time in seconds."""
+        return self._clock.seconds
+
+    def state(self) -> dict[str, Any]:
+        """All that a resume needs besides server state and memory; payloads under way are kept once each."""
+        payloads: list[dict[str, Any]] = []
+        places: dict[int, int] = {}
+        flights = []
+        for f in self._flights.values():
+            if id(f.sent) not in places:
+                places[id(f.sent)] = len(payloads)
+                payloads.append(f.sent)
+            flights.append((f.client, f.visit, f.round_num, f.steps, places[id(f.sent)], f.unicast, f.marks, f.train))
+        return {
+            "clock": self._clock.state(),
+            "visits": dict(self._visits),
+            "flights": flights,
+            "payloads": payloads,
+            "buffers": self.buffers,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Goes back to a saved state; tasks that were under way are handed out again."""
+        self._clock = Clock.restore(saved["clock"])
+        self._visits = dict(saved["visits"])
+        self.buffers = saved["buffers"]
+        self._flights, self._tickets = {}, {}
+        for client, visit, round_num, steps, place, *rest in saved["flights"]:
+            self._launch(Flight(client, visit, round_num, steps, saved["payloads"][place], *rest))
+
+    def payload(self, state: Any) -> dict[str, Any]:
+        """The broadcast of ``state`` as it is sent."""
+        return self._payload(self.program.strategy.broadcast(state))[0]
+
+    # --- inside ---------------------------------------------------------------------------------------
+
+    def _count(self, what: str) -> int:
+        call = self._calls.get(what, 0)
+        self._calls[what] = call + 1
+        return call
+
+    def _check_clients(self, clients: Sequence[int]) -> None:
+        if not clients:
+            raise RunError(f"round {self.round_num}: no clients to train; the cohort must not be empty")
+        if bad := [c for c in clients if c != SERVER and not 0 <= c < self.num_clients]:
+            raise RunError(f"round {self.round_num}: client {bad[0]} does not exist; there are {self.num_clients}")
+
+    def _payload(self, named: Mapping[str, Any]) -> tuple[dict[str, Any], list[Charge]]:
+        """What is sent, and per name its bytes and (for `once`) a digest of its content."""
+        sent: dict[str, Any] = {}
+        charges: list[Charge] = []
+        for name, value in named.items():
+            plain = value.value if isinstance(value, Sized) else value
+            sent[name] = plain
+            size = self._nbytes(plain)
+            if isinstance(value, Sized):
+                size = size if value.nbytes is None else value.nbytes
+            charges.append((name, size, self._digest(name, plain) if isinstance(value, Sized) and value.once else None))
+        if self.buffers is not None:
+            sent["buffers"] = self.buffers
+            if self.program.options.buffers == "mean":
+                charges.append(("buffers", nbytes(self.buffers), None))
+        return sent, charges
+
+    def _nbytes(self, value: Any) -> int:
+        d = self.program.layout.d
+        if isinstance(value, Tensor) and value.shape[-1:] == (d,):
+            return nbytes(value) // d * self.program.shared_size
+        return nbytes(value)
+
+    def _digest(self, name: str, value: Any) -> int:
+        """63 bits of the content's hash; computed once for the same object."""
+        known = self._digests.get(name)
+        if known is None or known[0] is not value:
+            h = hashlib.sha256()
+            for t in tensors_in(value):
+                h.update(repr((t.dtype, t.shape)).encode())
+                h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            known = self._digests[name] = (value, int.from_bytes(h.digest()[:8], "little") >> 1)
+        return known[1]
+
+    def _piece(self, task: Task, charges: list[Charge]) -> Piece:
+        """Adds the clients' memory to a task, and says what sending it costs."""
+        old = self.memory.get(task.clients)
+        down, marks = [], []
+        for i, (client, row) in enumerate(zip(task.clients, old, strict=True)):
+            new = {f"sent.{n}": torch.tensor(h) for n, _, h in charges if h is not None and not _has(row, n, h)}
+            total = sum(self._nbytes(v[i]) for v in task.unicast.values())
+            total += sum(size for name, size, h in charges if h is None or f"sent.{name}" in new)
+            down.append(0 if client == SERVER else total)
+            marks.append(new)
+        memory = tuple({k: v for k, v in row.items() if not k.startswith("sent.")} for row in old)
+        return Piece(replace(task, memory=memory), old, down, marks)
+
+    def _launch(self, flight: Flight) -> None:
+        self._flights[flight.client] = flight
+        if flight.train:
+            sent = self.engine.put(flight.sent)
+            task = Task(
+                (flight.client,), (flight.visit,), (), sent, flight.unicast, None, "train", flight.round_num, 0, 1, flight.steps
+            )
+            piece = replace(self._piece(task, []), marks=[flight.marks])
+            self._tickets[flight.client] = (replace(piece, down=[0]), self.engine.submit(piece.task))
+
+    def _adopt(self, piece: Piece, outcome: Outcome) -> int:
+        """Books a finished piece: memory, bytes, losses. Returns how long its slowest client took, in nanoseconds."""
+        task, done = piece.task, self._round
+        new = zip(piece.old, piece.marks, outcome.memory, strict=True)
+        self.memory.put(task.clients, [{**old, **marks, **rows} for old, marks, rows in new])
+        done.bytes_down += sum(piece.down)
+        done.bytes_up += sum(outcome.bytes_up)
+        done.clients += len(task.clients)
+        done.steps += sum(outcome.steps)
+        done.examples += sum(outcome.examples)
+        if task.phase == "train":
+            # Client by client: the sum must not depend on how the cohort was cut.
+            for examples, loss in zip(outcome.examples, outcome.losses, strict=True):
+                done.trained += examples
+                done.loss += loss
+        visits = zip(task.clients, outcome.steps, piece.down, outcome.bytes_up, strict=True)
+        times = [self.system.duration_ns(c, self.round_num, *cost, self.seed) for c, *cost in visits if c != SERVER]
+        return max(times, default=0)
+
+    def _reduced(self, collector: Collector, cohort: tuple[int, ...], program: Program) -> Reduced:
+        values, num_examples = collector.values()
+        if (buffers := values.pop("buffers", None)) is not None and self.buffers is not None:
+            self.buffers = buffers.to(self.buffers.dtype)
+        return Reduced(values, program.layout, cohort, self.num_clients, num_examples)
+
+    def _run_all(self, tasks: Iterable[EvalTask]) -> list[Score]:
+        scores: list[Score] = []
+        waiting: deque[Any] = deque()
+        for task in tasks:
+            waiting.append(self.engine.submit(task))
+            if len(waiting) > 2 * self.engine.slots:
+                scores += self.engine.result(waiting.popleft())
+        while waiting:
+            scores += self.engine.result(waiting.popleft())
+        return scores
+
+
+class Collector:
+    """Finishes the reduction tree from pieces, in whatever order they come.
+
+    Args:
+        program: For the layout.
+        num_leaves: Size of the tree.
+    """
+
+    def __init__(self, program: Program, num_leaves: int) -> None:
+        self._layout, self._size = program.layout, num_leaves
+        self._kinds: dict[str, str] = {}
+        self._trees: dict[str, TreeSum] = {}
+        self._rows: dict[str, list[Any]] = {}
+        self._num_examples: list[int] = []
+
+    def add(self, outcome: Outcome) -> None:
+        """Takes a piece; pieces with rows must come in order."""
+        self._kinds = self._kinds or outcome.kinds
+        for name, nodes in outcome.nodes.items():
+            tree = self._trees.setdefault(name, TreeSum(self._size))
+            for node, value in nodes.items():
+                tree.add(node, value)
+        for name, rows in outcome.rows.items():
+            self._rows.setdefault(name, []).extend(rows)
+        self._num_examples += outcome.num_examples
+
+    def values(self) -> tuple[dict[str, Any], Tensor]:
+        """The reduced entries by name, and the clients' numbers of examples, float64 ``[m]``."""
+        num_examples = torch.tensor(self._num_examples, dtype=torch.float64)
+        out: dict[str, Any] = {}
+        for name, kind in self._kinds.items():
+            if kind == "concat":
+                out[name] = self._rows[name]
+            elif kind == "stack":
+                out[name] = Rows([torch.stack(self._rows[name])], num_examples, self._layout)
+            else:
+                value = self._trees[name].result()
+                if kind == "mean" and value[1].numel() == 1 and not bool(value[1]):
+                    raise RunError(f"entry '{name}': all weights of the cohort are 0; does it hold any examples?")
+                out[name] = finish(kind, value)
+        return out, num_examples
+
+
+def _has(row: Mapping[str, Tensor], name: str, digest: int) -> bool:
+    """Whether a client has this content of the payload ``name`` already."""
+    held = row.get(f"sent.{name}")
+    return held is not None and int(held) == digest

@@ -1,0 +1,1 @@
+"""The field's standard small models."""

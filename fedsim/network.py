@@ -1,0 +1,151 @@
+"""A module whose parameters are views of one flat vector.
+
+Binding a vector costs microseconds per tensor and copies nothing, so the network can be evaluated at
+any point (the iterate, a perturbed point, a teacher) without a copy of the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedsim.vector import Layout, float_buffers, trainable
+
+
+def map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """Applies ``f`` to every tensor of a tree of tuples, lists and dicts."""
+    if isinstance(tree, Tensor):
+        return f(tree)
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(map_tensors(f, v) for v in tree))
+    if isinstance(tree, tuple | list):
+        return type(tree)(map_tensors(f, v) for v in tree)
+    if isinstance(tree, dict):
+        return {k: map_tensors(f, v) for k, v in tree.items()}
+    return tree
+
+
+class Network:
+    """The network skeleton of a worker.
+
+    Args:
+        module: The model; its parameters and floating-point buffers will point into bound vectors.
+
+    Attributes:
+        layout: Of the trainable parameters, d numbers.
+        buffer_layout: Of the floating-point buffers.
+        initial: The parameters that the module came with, ``[d]``.
+        initial_buffers: The floating-point buffers that it came with.
+        device: Where it lives.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.layout = Layout.of(module)
+        self.buffer_layout = Layout.of_buffers(module)
+        self._params = list(trainable(module).values())
+        self._buffers = list(float_buffers(module).values())
+        self._counters = [(b, b.clone()) for b in module.buffers() if not b.is_floating_point()]
+        self.device = self._params[0].device
+        self.initial = self.layout.flatten(trainable(module)).to(self.device)
+        self.initial_buffers = self.buffer_layout.flatten(float_buffers(module)).to(self.device)
+        self._bound = self._bound_buffers = 0
+        self._mode: tuple[bool, bool] | None = None
+        self._norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+
+    def bind(self, w: Tensor) -> None:
+        """Points the parameters at ``w``, ``[d]`` or ``[1, d]``, contiguous memory of torch's own."""
+        if w.data_ptr() != self._bound:
+            w = w.view(-1)
+            for p, s in zip(self._params, self.layout.slices.values(), strict=True):
+                p.data = w[s].view(p.shape)
+            self._bound = w.data_ptr()
+
+    def bind_buffers(self, b: Tensor) -> None:
+        """Points the floating-point buffers at ``b``, ``[nb]``; integer counters start anew."""
+        if b.data_ptr() != self._bound_buffers:
+            for t, s in zip(self._buffers, self.buffer_layout.slices.values(), strict=True):
+                t.data = b[s].view(t.shape)
+            self._bound_buffers = b.data_ptr()
+        for counter, first in self._counters:
+            counter.copy_(first)
+
+    def train(self, on: bool, frozen_norms: bool = False) -> None:
+        """Training or evaluation mode; with ``frozen_norms`` batch norms stay in evaluation mode."""
+        mode = (on, frozen_norms)
+        if mode != self._mode:
+            self.module.train(on)
+            for m in self._norms if on and frozen_norms else ():
+                m.eval()
+            self._mode = mode
+
+    def __call__(self, x: Any) -> Any:
+        """Outputs ``[1, B, ...]`` for inputs ``[1, B, ...]`` at the bound point."""
+        return map_tensors(lambda t: t.unsqueeze(0), self.module(map_tensors(lambda t: t.squeeze(0), x)))
+
+    @property
+    def parameters(self) -> dict[str, Tensor]:
+        """The live parameters by name, ``[1, *shape]``; differentiable."""
+        return {n: p.unsqueeze(0) for n, p in zip(self.layout.names, self._params, strict=True)}
+
+    def gradient(self, loss: Tensor, out: Tensor, only: Sequence[int] | None = None) -> Tensor:
+        """The gradient of a scalar ``loss`` with respect to the bound parameters.
+
+        Args:
+            loss: A scalar with a graph.
+            out: Where to put it, ``[1, d]``.
+            only: Numbers of the tensors to differentiate; the rest is 0.
+        """
+        params = self._params if only is None else [self._params[i] for i in only]
+        grads = torch.autograd.grad(loss, params, allow_unused=True)
+        if only is None and None not in grads:
+            torch.cat([g.view(-1) if g.is_contiguous() else g.reshape(-1) for g in grads], out=out[0])
+            return out
+        out.zero_()
+        places = list(self.layout.slices.values())
+        for i, g in zip(range(len(params)) if only is None else only, grads, strict=True):
+            if g is not None:
+                out[0, places[i]] = g.reshape(-1)
+        return out
+
+
+class Point:
+    """The network at ``w``, for `ClientHalf.loss` and `ClientHalf.predict`.
+
+    Args:
+        network: The skeleton.
+        w: ``[1, d]``.
+        detached: Evaluation mode and no gradient: a constant of the local objective.
+    """
+
+    def __init__(self, network: Network, w: Tensor, detached: bool = False) -> None:
+        self._network, self._detached = network, detached
+        self._w = w if w.is_contiguous() else w.contiguous()
+
+    def __call__(self, x: Any) -> Any:
+        if not self._detached:
+            self._network.bind(self._w)
+            return self._network(x)
+        # The point of an enclosing gradient is restored: its graph reads the live parameters.
+        net, before, mode = self._network, [p.data for p in self._network._params], self._network._mode
+        net.train(False)
+        net.bind(self._w)
+        try:
+            with torch.no_grad():
+                return net(x)
+        finally:
+            for p, data in zip(net._params, before, strict=True):
+                p.data = data
+            net._bound = before[0].data_ptr()
+            net.train(*(mode or (True, False)))
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        """The parameters by name, ``[1, *shape]``; differentiable unless detached."""
+        if self._detached:
+            return self._network.layout.views(self._w)
+        self._network.bind(self._w)
+        return self._network.parameters

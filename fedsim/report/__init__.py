@@ -1,0 +1,1 @@
+"""What is shown of runs: pictures, and tables over several runs."""

@@ -1,0 +1,67 @@
+"""FedAdam: the mean update as a pseudo-gradient for Adam on the server.
+
+Source: Reddi et al., 2021, Algorithm 2, https://arxiv.org/abs/2003.00295.
+Departures:
+    1. None in the rule: no bias correction, as in the paper. The paper starts ``v`` at a value of at least
+       ``tau^2``; here ``v_0 = tau^2``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedsim.reduce import Reduced
+from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategy import Info, require
+
+
+@dataclass(frozen=True)
+class AdamState:
+    """All that the server carries from one round to the next.
+
+    Attributes:
+        w: Global parameters, ``[d]``.
+        m: First moment, m in the paper, float64 ``[d]``.
+        v: Second moment, v in the paper, float64 ``[d]``.
+    """
+
+    w: Tensor
+    m: Tensor
+    v: Tensor
+
+
+@dataclass(frozen=True)
+class FedAdam(FedAvg):
+    """FedAdam.
+
+    Attributes:
+        server_lr: eta, > 0.
+        beta1: Decay of the first moment, in [0, 1).
+        beta2: Decay of the second moment, in [0, 1).
+        tau: Degree of adaptivity, > 0: the larger, the closer to FedAvgM.
+    """
+
+    server_lr: float = 0.01
+    beta1: float = 0.9
+    beta2: float = 0.99
+    tau: float = 1e-3
+
+    def check(self) -> None:
+        super().check()
+        require(self.server_lr > 0, "strategy.server_lr", "> 0", self.server_lr)
+        require(0 <= self.beta1 < 1, "strategy.beta1", "in [0, 1)", self.beta1)
+        require(0 <= self.beta2 < 1, "strategy.beta2", "in [0, 1)", self.beta2)
+        require(self.tau > 0, "strategy.tau", "> 0", self.tau)
+
+    def init(self, info: Info, w: Tensor) -> AdamState:
+        zeros = torch.zeros_like(w, dtype=torch.float64)
+        return AdamState(w, zeros, zeros + self.tau**2)
+
+    def step(self, state: AdamState, reduced: Reduced) -> AdamState:  # type: ignore[override]
+        delta = reduced["delta"]
+        m = self.beta1 * state.m + (1 - self.beta1) * delta
+        v = self.beta2 * state.v + (1 - self.beta2) * delta.square()
+        return AdamState((state.w + self.server_lr * m / (v.sqrt() + self.tau)).to(state.w), m, v)
