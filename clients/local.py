@@ -59,7 +59,12 @@ class ClientOptions:
     augment: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        require((self.epochs is None) != (self.steps is None), "client.epochs and client.steps", "exactly one number and one null", (self.epochs, self.steps))
+        require(
+            (self.epochs is None) != (self.steps is None),
+            "client.epochs and client.steps",
+            "exactly one number and one null",
+            (self.epochs, self.steps),
+        )
         require(self.buffers in ("mean", "local", "frozen"), "client.buffers", "mean, local or frozen", self.buffers)
 
     def planned_steps(self, n: int) -> int:
@@ -101,7 +106,9 @@ class Memory:
     def __getattr__(self, name: str) -> Tensor:
         values: dict[str, Tensor] = object.__getattribute__(self, "_values")
         if name not in values:
-            raise AttributeError(f"memory has no '{name}'; it holds: {', '.join(values) or 'nothing'} (see the `memory` hook)")
+            raise AttributeError(
+                f"memory has no '{name}'; it holds: {', '.join(values) or 'nothing'} (see the `memory` hook)"
+            )
         return values[name]
 
     def __setattr__(self, name: str, value: Tensor) -> None:
@@ -118,7 +125,9 @@ class Sent:
         self.__dict__.update(values)
 
     def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"nothing called '{name}' was sent; broadcast and unicast sent: {', '.join(self.__dict__)}")
+        raise AttributeError(
+            f"nothing called '{name}' was sent; broadcast and unicast sent: {', '.join(self.__dict__)}"
+        )
 
 
 @dataclass
@@ -395,7 +404,11 @@ class Local:
             stream, prefix = Stream(), f"stream.{name}"
             if (position := self._visit.memory.get(prefix)) is not None:
                 stream.steps, stream.epoch, stream.offset = (int(v) for v in position)
-            kept = {k[len(prefix) + 5 :]: v.unsqueeze(0).clone() for k, v in self._visit.memory.items() if k.startswith(f"{prefix}.opt.")}
+            kept = {
+                k[len(prefix) + 5 :]: v.unsqueeze(0).clone()
+                for k, v in self._visit.memory.items()
+                if k.startswith(f"{prefix}.opt.")
+            }
             if kept:
                 stream.optimizer = kept
             self._streams[name] = stream
@@ -550,7 +563,9 @@ class Local:
         for space, values in self._spaces.items():
             for key, value in values.items():
                 if not isinstance(value, Tensor) or len(value) != 1:
-                    raise ClientError(f"memory.{key} must be a tensor with the client axis first, [1, ...], got {value!r:.80}")
+                    raise ClientError(
+                        f"memory.{key} must be a tensor with the client axis first, [1, ...], got {value!r:.80}"
+                    )
                 out[f"{space}.{key}"] = value[0].detach().clone()
         for name, s in self._streams.items():
             out[f"stream.{name}"] = torch.tensor([s.steps, s.epoch, s.offset], dtype=torch.int64)

@@ -19,7 +19,20 @@ from fedsim.errors import ConfigError, did_you_mean
 Config = dict[str, Any]
 Check = Callable[[str, Any], None]
 
-GROUPS = ("strategy", "recipe", "data", "partition", "model", "client", "participation", "system", "engine", "eval", "tracker", "experiment")
+GROUPS = (
+    "strategy",
+    "recipe",
+    "data",
+    "partition",
+    "model",
+    "client",
+    "participation",
+    "system",
+    "engine",
+    "eval",
+    "tracker",
+    "experiment",
+)
 #: Keys that do not change results; they may differ between a run and its resume.
 NEUTRAL = ("engine", "tracker", "run_dir", "resume", "name", "checkpoint", "rounds", "hydra")
 CONF = Path(__file__).parent / "conf"
@@ -67,7 +80,9 @@ def _choice(*options: Any) -> Check:
     def check(key: str, value: Any) -> None:
         if value not in options:
             names = ", ".join("null" if o is None else str(o) for o in options)
-            raise ConfigError(f"{key} must be one of {names}, got {value!r}{did_you_mean(str(value), map(str, options))}")
+            raise ConfigError(
+                f"{key} must be one of {names}, got {value!r}{did_you_mean(str(value), map(str, options))}"
+            )
 
     return check
 
@@ -192,7 +207,9 @@ def check(config: Config) -> None:
         if fields and top not in _OPEN:
             for name in value:
                 if name not in fields:
-                    raise ConfigError(f"unknown key '{top}.{name}'{did_you_mean(name, fields)}; known: {', '.join(fields)}")
+                    raise ConfigError(
+                        f"unknown key '{top}.{name}'{did_you_mean(name, fields)}; known: {', '.join(fields)}"
+                    )
     for key, test in SCHEMA.items():
         node: Any = config
         for part in key.split("."):
@@ -215,10 +232,16 @@ def _check_together(config: Config) -> None:
         )
     optimizer = client["optimizer"]
     foreign = {"sgd": ("betas", "eps"), "adam": ("momentum", "nesterov"), "adamw": ("momentum", "nesterov")}
-    unused = foreign.get(optimizer, ()) if isinstance(optimizer, str) else ("momentum", "nesterov", "betas", "eps", "weight_decay")
+    unused = (
+        foreign.get(optimizer, ())
+        if isinstance(optimizer, str)
+        else ("momentum", "nesterov", "betas", "eps", "weight_decay")
+    )
     for name in unused:
         if client[name] != default_config()["client"][name]:
-            raise ConfigError(f"client.{name} has no effect with client.optimizer={optimizer}; remove it or change the optimizer")
+            raise ConfigError(
+                f"client.{name} has no effect with client.optimizer={optimizer}; remove it or change the optimizer"
+            )
     if client["nesterov"] and not client["momentum"]:
         raise ConfigError("client.nesterov=true needs client.momentum > 0, got client.momentum=0")
     for name in ("target_accuracy", "patience"):
@@ -267,7 +290,7 @@ def explain(exc: BaseException) -> str:
         key, known = m[1].lstrip("+~").split("@")[0], list(leaves(default_config()))
         if key in GROUPS and (m2 := re.search(r"Could not override '[^']+'\.? ?No match", text)):
             return f"unknown group '{key}': {m2[0]}"
-        near = did_you_mean(key, [*known, *GROUPS, *{k.rsplit('.', 1)[0] for k in known if '.' in k}])
+        near = did_you_mean(key, [*known, *GROUPS, *{k.rsplit(".", 1)[0] for k in known if "." in k}])
         return f"unknown key '{key}'{near}; `fedsim list` shows groups and keys (add a new key with +{key}=...)"
     if m := re.search(r"(?:Could not find|Could not load) '([^']+)'", text):
         group, _, option = m[1].partition("/")
@@ -277,7 +300,12 @@ def explain(exc: BaseException) -> str:
         return f"there is no config '{m[1]}'"
     if m := re.search(r"Missing mandatory value: (\S+)", text):
         return f"{m[1]} has no value yet; set it, such as {m[1]}=..."
-    if "mismatched input" in text or "no viable alternative" in text or "extraneous input" in text or "token recognition" in text:
+    if (
+        "mismatched input" in text
+        or "no viable alternative" in text
+        or "extraneous input" in text
+        or "token recognition" in text
+    ):
         return f"cannot read an override: {text.split(' See https')[0]}; an override is key=value, such as client.lr=0.1 (quote what holds commas or spaces)"
     return text.split(" See https")[0]
 
@@ -348,7 +376,9 @@ def resume_config(overrides: Sequence[str]) -> tuple[Config, Path]:
     run = Path(given.pop("resume"))
     saved = load(run / "config.yaml") if run.is_dir() else None
     if saved is None:
-        raise ConfigError(f"resume={run}: no such directory; give a run directory such as runs/<name>/<timestamp>-<hash>")
+        raise ConfigError(
+            f"resume={run}: no such directory; give a run directory such as runs/<name>/<timestamp>-<hash>"
+        )
     for key, value in given.items():
         top = key.lstrip("+~").split(".")[0].split("/")[0]
         if top not in NEUTRAL:

@@ -49,4 +49,8 @@ def spread(values: Sequence[float], prefix: str) -> dict[str, float]:
     if not len(v):
         return {}
     worst = v[: max(1, math.ceil(len(v) / 10))]
-    return {f"{prefix}_mean": float(v.mean()), f"{prefix}_std": float(v.std()), f"{prefix}_worst10": float(worst.mean())}
+    return {
+        f"{prefix}_mean": float(v.mean()),
+        f"{prefix}_std": float(v.std()),
+        f"{prefix}_worst10": float(worst.mean()),
+    }

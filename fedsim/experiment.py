@@ -104,13 +104,20 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     dataset, server, kept = _load_data(config, seed)
     if dataset.clients is not None:
         if given := [k for k in explicit if k.split(".")[0].split("=")[0] == "partition"]:
-            raise ConfigError(f"{given[0]} has no effect: data={dataset.name} brings its own clients; set data.num_clients instead")
+            raise ConfigError(
+                f"{given[0]} has no effect: data={dataset.name} brings its own clients; set data.num_clients instead"
+            )
         config["partition"] = None
     clients, partition = _partition(config, dataset, kept, seed)
     module = _model(config, dataset, seed, dtype)
     options = _client_options(config, module)
-    program = Program(strategy, recipes, module, _on_device(dataset, config), clients, _move(server, config), options, seed)
-    participation, system = instantiate(config["participation"], "participation"), instantiate(config["system"], "system")
+    program = Program(
+        strategy, recipes, module, _on_device(dataset, config), clients, _move(server, config), options, seed
+    )
+    participation, system = (
+        instantiate(config["participation"], "participation"),
+        instantiate(config["system"], "system"),
+    )
     participation.check(len(clients))
     info = Info(len(clients), dataset.num_classes, program.layout, seed, config["rounds"], config["client"]["lr"])
     trackers = tuple(instantiate(node, f"tracker.{name}") for name, node in config["tracker"].items())
@@ -151,12 +158,16 @@ def _load_data(config: Config, seed: int) -> tuple[Dataset, Split | None, Tensor
         raise ConfigError(f"data.augment={config['data']['augment']} is for images; {dataset.name} has none")
     if dataset.clients is not None:
         if share:
-            raise ConfigError(f"data.validation={share} is not available: {dataset.name}'s examples all belong to its clients")
+            raise ConfigError(
+                f"data.validation={share} is not available: {dataset.name}'s examples all belong to its clients"
+            )
         return dataset, None, None
     n = len(dataset.train)
     num = round(share * n)
     if share and not 0 < num < n:
-        raise ConfigError(f"data.validation={share} would keep {num} of {n} training examples; keep at least 1 and leave at least 1")
+        raise ConfigError(
+            f"data.validation={share} would keep {num} of {n} training examples; keep at least 1 and leave at least 1"
+        )
     if not num:
         return dataset, None, None
     order = random.numpy_generator(seed, "validation").permutation(n)
@@ -195,7 +206,9 @@ def _device(name: str) -> str:
     if name.startswith("cuda"):
         count = torch.cuda.device_count()
         if int(name.partition(":")[2] or 0) >= count:
-            raise ConfigError(f"engine.device={name}: this machine has {count} CUDA devices that torch can use; set engine.device=cpu")
+            raise ConfigError(
+                f"engine.device={name}: this machine has {count} CUDA devices that torch can use; set engine.device=cpu"
+            )
     return name
 
 
@@ -221,7 +234,9 @@ def _model(config: Config, dataset: Dataset, seed: int, dtype: torch.dtype) -> n
 def _check_outputs(module: nn.Module, example: Tensor, dataset: Dataset, config: Config) -> None:
     """One forward pass of two examples: the model takes the data, and a tensor output fits the classes."""
     dtype = next(module.parameters()).dtype
-    x = example.to(config["engine"]["device"], dtype if example.dtype == torch.uint8 or example.is_floating_point() else None)
+    x = example.to(
+        config["engine"]["device"], dtype if example.dtype == torch.uint8 or example.is_floating_point() else None
+    )
     name = _short(config["model"])
     was = module.training
     try:
@@ -229,7 +244,9 @@ def _check_outputs(module: nn.Module, example: Tensor, dataset: Dataset, config:
             out = module.eval()(x)
     except Exception as exc:
         first = " ".join(str(exc).split())[:200]
-        raise ConfigError(f"model {name} cannot take inputs of shape {tuple(example.shape[1:])} ({dataset.name}): {first}") from exc
+        raise ConfigError(
+            f"model {name} cannot take inputs of shape {tuple(example.shape[1:])} ({dataset.name}): {first}"
+        ) from exc
     finally:
         module.train(was)
     if dataset.num_classes and isinstance(out, Tensor) and tuple(out.shape) != (len(x), dataset.num_classes):
@@ -254,10 +271,14 @@ def _load_weights(module: nn.Module, path: Path) -> None:
         if name not in tensors:
             raise ConfigError(f"model.weights={path} has no tensor '{name}'{did_you_mean(name, tensors)}")
         if tensors[name].shape != t.shape:
-            raise ConfigError(f"model.weights={path}: '{name}' has shape {tuple(tensors[name].shape)}, the model's is {tuple(t.shape)}")
+            raise ConfigError(
+                f"model.weights={path}: '{name}' has shape {tuple(tensors[name].shape)}, the model's is {tuple(t.shape)}"
+            )
     for name in tensors:
         if name not in named:
-            raise ConfigError(f"model.weights={path} has a tensor '{name}' that the model lacks{did_you_mean(name, named)}")
+            raise ConfigError(
+                f"model.weights={path} has a tensor '{name}' that the model lacks{did_you_mean(name, named)}"
+            )
     with torch.no_grad():
         for name, t in tensors.items():
             named[name].copy_(t)
@@ -311,7 +332,9 @@ def instantiate(node: Mapping[str, Any], key: str, facts: Mapping[str, Any] | No
     for name in node:
         if not name.startswith("_") and not any_name and name not in parameters:
             known = [n for n in parameters if n != "self"]
-            raise ConfigError(f"unknown key '{key}.{name}'{did_you_mean(name, known)}; {target} takes: {', '.join(known) or 'nothing'}")
+            raise ConfigError(
+                f"unknown key '{key}.{name}'{did_you_mean(name, known)}; {target} takes: {', '.join(known) or 'nothing'}"
+            )
     extra = {n: v for n, v in (facts or {}).items() if n not in node and (n in parameters or (any_name and parameters))}
     try:
         return hydra_instantiate(dict(node), **extra, _convert_="all")
@@ -326,7 +349,9 @@ def instantiate(node: Mapping[str, Any], key: str, facts: Mapping[str, Any] | No
 
 def _require(thing: object, kind: type, key: str) -> None:
     if not isinstance(thing, kind):
-        raise ConfigError(f"{key}._target_ must make a {kind.__module__}.{kind.__qualname__}, got a {type(thing).__name__}")
+        raise ConfigError(
+            f"{key}._target_ must make a {kind.__module__}.{kind.__qualname__}, got a {type(thing).__name__}"
+        )
 
 
 def _short(node: Mapping[str, Any]) -> str:

@@ -226,14 +226,18 @@ class Federation:
         program = self.program if model is None else self.program.variant(model)
         strategy = self.program.strategy
         sent, charges = self._payload(strategy.broadcast(state) if send is None else send)
-        whole = Task((), (), (), self.engine.put(sent), {}, half, phase, self.round_num, 0, len(cohort), steps, epochs, model)
+        whole = Task(
+            (), (), (), self.engine.put(sent), {}, half, phase, self.round_num, 0, len(cohort), steps, epochs, model
+        )
         collector = Collector(program, len(cohort))
         waiting: deque[tuple[Piece, Any]] = deque()
         slowest, size = 0, max(1, min(PIECE, -(-len(cohort) // self.engine.slots)))
         for first in range(0, len(cohort), size):
             part = cohort[first : first + size]
             unicast = {} if send is not None else strategy.unicast(state, part)
-            piece = self._piece(replace(whole, clients=part, visits=(visit,) * len(part), unicast=unicast, first_leaf=first), charges)
+            piece = self._piece(
+                replace(whole, clients=part, visits=(visit,) * len(part), unicast=unicast, first_leaf=first), charges
+            )
             waiting.append((piece, self.engine.submit(piece.task)))
             while waiting and (len(waiting) > 2 * self.engine.slots or first + size >= len(cohort)):
                 done, ticket = waiting.popleft()
@@ -257,11 +261,25 @@ class Federation:
         """
         self._check_clients((client,))
         if client in self._flights:
-            raise RunError(f"client {client} is still at work on its task {self._flights[client].visit}; wait for its arrival")
+            raise RunError(
+                f"client {client} is still at work on its task {self._flights[client].visit}; wait for its arrival"
+            )
         strategy = self.program.strategy
         sent, charges = self._payload(strategy.broadcast(state))
         visit = self._visits[client] = self._visits.get(client, 0) + 1
-        task = Task((client,), (visit,), (), sent, strategy.unicast(state, (client,)), None, "train", self.round_num, 0, 1, steps)
+        task = Task(
+            (client,),
+            (visit,),
+            (),
+            sent,
+            strategy.unicast(state, (client,)),
+            None,
+            "train",
+            self.round_num,
+            0,
+            1,
+            steps,
+        )
         piece = self._piece(task, charges)
         planned = self.program.options.planned_steps(len(self.program.shard(client))) if steps is None else steps
         bytes_up = 4 * self.program.shared_size
@@ -307,7 +325,9 @@ class Federation:
         """
         data = self.program.dataset.test if split == "test" else self.program.server
         if data is None or not len(data):
-            raise RunError("there is no validation split: set data.validation" if split != "test" else "the test set is empty")
+            raise RunError(
+                "there is no validation split: set data.validation" if split != "test" else "the test set is empty"
+            )
         handle = self.engine.put(self.payload(state))
         tasks = [
             EvalTask(split, "global", handle, rows=(a, min(a + EVAL_ROWS, len(data))), round_num=self.round_num)
@@ -329,7 +349,9 @@ class Federation:
         for first in range(0, len(clients), PIECE):
             part = tuple(clients[first : first + PIECE])
             rows = tuple(self.memory.get(part))
-            tasks.append(EvalTask("heldout", mode, handle, (0, 0), part, rows, strategy.unicast(state, part), self.round_num))
+            tasks.append(
+                EvalTask("heldout", mode, handle, (0, 0), part, rows, strategy.unicast(state, part), self.round_num)
+            )
         return self._run_all(tasks)
 
     # --- the round, for the driver --------------------------------------------------------------------
@@ -378,6 +400,12 @@ class Federation:
     def payload(self, state: Any) -> dict[str, Any]:
         """The broadcast of ``state`` as it is sent."""
         return self._payload(self.program.strategy.broadcast(state))[0]
+
+    def cost_down(self, state: Any, client: int) -> int:
+        """Bytes that a first visit sends to ``client``."""
+        sent, charges = self._payload(self.program.strategy.broadcast(state))
+        unicast = self.program.strategy.unicast(state, (client,))
+        return self._piece(Task((client,), (0,), (), sent, unicast, None, "train", 0, 0, 1), charges).down[0]
 
     # --- inside ---------------------------------------------------------------------------------------
 
@@ -444,7 +472,17 @@ class Federation:
         if flight.train:
             sent = self.engine.put(flight.sent)
             task = Task(
-                (flight.client,), (flight.visit,), (), sent, flight.unicast, None, "train", flight.round_num, 0, 1, flight.steps
+                (flight.client,),
+                (flight.visit,),
+                (),
+                sent,
+                flight.unicast,
+                None,
+                "train",
+                flight.round_num,
+                0,
+                1,
+                flight.steps,
             )
             piece = replace(self._piece(task, []), marks=[flight.marks])
             self._tickets[flight.client] = (replace(piece, down=[0]), self.engine.submit(piece.task))

@@ -113,7 +113,9 @@ class Memory:
                             if c in owners:
                                 out[c][name] = rows[j : j + 1][0].clone()  # torch's own, aligned memory
             except (OSError, SafetensorError, KeyError, ValueError, TypeError) as exc:
-                raise RunError(f"client memory {path} is missing or damaged ({exc}); the run cannot be resumed from here") from exc
+                raise RunError(
+                    f"client memory {path} is missing or damaged ({exc}); the run cannot be resumed from here"
+                ) from exc
         return out
 
     # --- checkpoints ---------------------------------------------------------------------------------

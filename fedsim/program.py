@@ -278,4 +278,3 @@ class Program:
     def targets(self, y: Tensor) -> Tensor:
         """Raw labels ``[B]`` as the loss takes them."""
         return y.to(self.device, self.dtype) if y.is_floating_point() else y.to(self.device)
-

@@ -250,7 +250,12 @@ class Reduced(Mapping[str, Any]):
     """
 
     def __init__(
-        self, values: Mapping[str, Any], layout: Layout, clients: tuple[int, ...], num_clients: int, num_examples: Tensor
+        self,
+        values: Mapping[str, Any],
+        layout: Layout,
+        clients: tuple[int, ...],
+        num_clients: int,
+        num_examples: Tensor,
     ) -> None:
         self._values = dict(values)
         self.layout, self.clients, self.num_clients, self.num_examples = layout, clients, num_clients, num_examples

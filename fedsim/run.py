@@ -155,7 +155,7 @@ class Driver:
         self.rounds = exp.config["rounds"]
         self._saved = 0.0
         overridden = overrides(self.strategy, "personal") or exp.program.private is not None
-        self.personal = overridden or exp.program.options.buffers == "local" and exp.program.network.buffer_layout.d > 0
+        self.personal = overridden or (exp.program.options.buffers == "local" and exp.program.network.buffer_layout.d > 0)
 
     def run(self) -> Result:
         """All rounds, and what is written at the end."""
@@ -195,13 +195,19 @@ class Driver:
             self._write_partition()
             return Progress()
         if saved["config"] != conf.config_hash({**self.config, "rounds": 0}):
-            raise ConfigError(f"{self.run_dir.path}: the checkpoint belongs to another config than config.yaml; restore the file")
+            raise ConfigError(
+                f"{self.run_dir.path}: the checkpoint belongs to another config than config.yaml; restore the file"
+            )
         self.fed.restore(saved["federation"])
         progress: Progress = saved["progress"]
         if self.rounds < progress.round_num:
-            raise ConfigError(f"rounds={self.rounds}, but {self.run_dir.path} has done {progress.round_num} rounds already")
+            raise ConfigError(
+                f"rounds={self.rounds}, but {self.run_dir.path} has done {progress.round_num} rounds already"
+            )
         if progress.finalized and self.rounds > progress.round_num and overrides_finalize(self.strategy):
-            raise ConfigError(f"{self.run_dir.path} is finished, and its strategy has finalised the model: it cannot take more rounds")
+            raise ConfigError(
+                f"{self.run_dir.path} is finished, and its strategy has finalised the model: it cannot take more rounds"
+            )
         if self.rounds > progress.round_num and not progress.stopped:
             progress.finalized = False
         write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
@@ -293,7 +299,9 @@ class Driver:
     def _judge(self, number: int) -> None:
         """Best evaluation so far, and whether to stop."""
         p, stop = self.progress, self.config["stop"]
-        by = next((k for k in ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss") if k in p.latest), None)
+        by = next(
+            (k for k in ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss") if k in p.latest), None
+        )
         if by is not None:
             sign = 1 if by.endswith("accuracy") else -1
             if not p.best or sign * p.latest[by] > sign * p.best[by]:
@@ -341,7 +349,9 @@ class Driver:
     def _write_model(self, name: str = "model.safetensors") -> None:
         from safetensors.torch import save
 
-        tensors = {k: t.contiguous().clone() for k, t in self.exp.program.layout.views(self.progress.state.w.cpu()).items()}
+        tensors = {
+            k: t.contiguous().clone() for k, t in self.exp.program.layout.views(self.progress.state.w.cpu()).items()
+        }
         if self.fed.buffers is not None:
             buffers = self.exp.program.network.buffer_layout.views(self.fed.buffers.cpu())
             tensors |= {k: t.contiguous().clone() for k, t in buffers.items()}
@@ -357,7 +367,11 @@ class Driver:
             "best": p.best,
             "rounds": p.round_num,
             "stopped": p.stopped or None,
-            "totals": {**p.totals, "virtual_seconds": self.fed.virtual_seconds, "wall_seconds": round(p.wall_seconds, 3)},
+            "totals": {
+                **p.totals,
+                "virtual_seconds": self.fed.virtual_seconds,
+                "wall_seconds": round(p.wall_seconds, 3),
+            },
             "params_sha256": self.params_sha256(),
             "state_sha256": self.state_sha256(),
             "partition_sha256": None if self.exp.partition is None else self.exp.partition.sha256(),
@@ -384,12 +398,16 @@ class Driver:
         program, state, p = self.exp.program, self.progress.state, self.progress
         for client in self.memory_clients():
             sent = lead(self.fed.payload(state)) | self.strategy.unicast(state, (client,))
-            visit = Visit(client, p.round_num, "evaluate", p.round_num, "personal", memory=self.memory.get((client,))[0])
+            visit = Visit(
+                client, p.round_num, "evaluate", p.round_num, "personal", memory=self.memory.get((client,))[0]
+            )
             yield client, Local(program, visit, sent)._hooks.single("personal")[0]
 
     def state_sha256(self) -> str:
         """Hash of everything that a resume restores: server state, client memory, streams, clock."""
-        return tree.sha256({"state": self.progress.state, "federation": self.fed.state(), "memory": self.memory.sha256()})
+        return tree.sha256(
+            {"state": self.progress.state, "federation": self.fed.state(), "memory": self.memory.sha256()}
+        )
 
     def _write_clients(self) -> None:
         """``clients.csv``: a line per evaluated client."""

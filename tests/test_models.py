@@ -36,7 +36,9 @@ def dense(inputs: int, outputs: int) -> int:
         (LeNet5, (1, 16, 16), 10, conv(1, 6) + conv(6, 16) + dense(16 * 2 * 2, 120) + dense(120, 84) + dense(84, 10)),
     ],
 )
-def test_parameters_are_as_many_as_the_layers_say(make: Any, shape: tuple[int, ...], classes: int, expected: int) -> None:
+def test_parameters_are_as_many_as_the_layers_say(
+    make: Any, shape: tuple[int, ...], classes: int, expected: int
+) -> None:
     model = make(input_shape=shape, num_classes=classes)
     assert sum(p.numel() for p in model.parameters()) == expected
 

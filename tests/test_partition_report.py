@@ -68,7 +68,7 @@ def test_pictures_are_drawn(tmp_path: Path, k: int, classes: int) -> None:
         with Image.open(path) as image:
             assert image.format == "PNG"
             assert min(image.size) >= 300
-            assert len(set(image.convert("RGB").resize((50, 50)).get_flattened_data())) > 3  # not blank
+            assert len(np.unique(np.asarray(image.convert("L")))) > 3  # not blank
     assert {p.name for p in path.parent.iterdir()} == {"plot_bubbles.png", "plot_heatmap.png"}
 
 

@@ -80,10 +80,14 @@ class Worker:
         out.nodes = {name: tree.nodes for name, tree in trees.items()}
         return out
 
-    def _reduce(self, out: Outcome, trees: dict[str, TreeSum], entries: dict[str, Entry], local: Local, place: int, size: int) -> None:
+    def _reduce(
+        self, out: Outcome, trees: dict[str, TreeSum], entries: dict[str, Entry], local: Local, place: int, size: int
+    ) -> None:
         kinds = {name: e.kind for name, e in entries.items()}
         if out.kinds and out.kinds != kinds:
-            raise ClientError(f"finish() returned {kinds}, other clients returned {out.kinds}; names and reductions must be equal")
+            raise ClientError(
+                f"finish() returned {kinds}, other clients returned {out.kinds}; names and reductions must be equal"
+            )
         out.kinds = kinds
         for name, entry in entries.items():
             if entry.kind == "concat":
@@ -120,7 +124,9 @@ class Worker:
         if task.split != "heldout":
             split = program.dataset.test if task.split == "test" else program.server
             assert split is not None
-            local = Local(program, Visit(SERVER, task.round_num, "evaluate", task.round_num, "global", part="none"), sent)
+            local = Local(
+                program, Visit(SERVER, task.round_num, "evaluate", task.round_num, "global", part="none"), sent
+            )
             self._bind_buffers(program, buffers, {})
             a, b = task.rows
             return [self._score_rows(local, local.start, split.x, split.y, torch.arange(a, b))]
@@ -216,4 +222,6 @@ def _read_only(*trees: Any) -> Iterator[None]:
     versions = [t._version for t in tensors]
     yield
     if [t._version for t in tensors] != versions:
-        raise ClientError("a hook changed local.start, local.sent or local.memory in place; assign a new tensor instead")
+        raise ClientError(
+            "a hook changed local.start, local.sent or local.memory in place; assign a new tensor instead"
+        )

@@ -1,0 +1,89 @@
+"""What a run would cost, without running it (``fedsim --dry-run``)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from fedsim.engine.base import Task
+from fedsim.engine.worker import Worker
+from fedsim.experiment import Experiment
+from fedsim.federation import Federation
+from fedsim.memory import Memory
+from fedsim.random import numpy_generator
+from fedsim.reduce import tensors_in
+from fedsim.report.text import align, human_bytes
+
+
+def estimate(exp: Experiment) -> dict[str, Any]:
+    """Bytes, steps and memory of a run.
+
+    One local step of one client is tried and thrown away: it shows what the method sends up and remembers,
+    and that the model and the loss work.
+
+    Returns:
+        ``cohort`` (clients of a typical round), ``steps``, ``bytes_down`` and ``bytes_up`` per round, the same
+        with ``total_`` for the run, ``memory_per_client`` and ``model_bytes``.
+    """
+    from pathlib import Path
+
+    from fedsim.engine.inline import InlineEngine
+
+    program, rounds = exp.program, exp.config["rounds"]
+    rng = numpy_generator(program.seed, "participation", 1, 0)
+    cohort = exp.participation.sample(len(program.clients), rng)
+    steps = float(np.mean([program.options.planned_steps(int(n)) for n in program.clients.sizes()[cohort]])) * len(
+        cohort
+    )
+    engine = InlineEngine(program, exp.config["engine"]["threads"])
+    try:
+        state = program.strategy.init(exp.info, program.network.initial.clone())
+        fed = Federation(program, engine, exp.participation, exp.system, Memory(Path("unused")))
+        fed.begin_round(1)
+        client = cohort[0]
+        down = fed.cost_down(state, client)
+        unicast = program.strategy.unicast(state, (client,))
+        task = Task((client,), (1,), ({},), fed.payload(state), unicast, None, "train", 1, 0, 1, steps=1)
+        outcome = Worker(program).run(task)
+    finally:
+        engine.close()
+    assert not isinstance(outcome, list)
+    up = outcome.bytes_up[0]
+    kept = sum(t.numel() * t.element_size() for t in tensors_in(outcome.memory[0]))
+    size = program.layout.d * program.layout.dtype.itemsize
+    return {
+        "cohort": len(cohort),
+        "steps": round(steps),
+        "bytes_down": down * len(cohort),
+        "bytes_up": up * len(cohort),
+        "total_steps": round(steps) * rounds,
+        "total_bytes_down": down * len(cohort) * rounds,
+        "total_bytes_up": up * len(cohort) * rounds,
+        "memory_per_client": kept,
+        "model_bytes": size,
+    }
+
+
+def report(exp: Experiment) -> str:
+    """What runs and what it costs, as text."""
+    e = estimate(exp)
+    clients = len(exp.program.clients)
+    rows = [[k, v] for k, v in exp.describe().items()]
+    rows += [
+        [
+            "per round",
+            f"{e['cohort']:,} clients, {e['steps']:,} local steps, {human_bytes(e['bytes_down'])} down, {human_bytes(e['bytes_up'])} up",
+        ],
+        [
+            "whole run",
+            f"{e['total_steps']:,} local steps, {human_bytes(e['total_bytes_down'])} down, {human_bytes(e['total_bytes_up'])} up",
+        ],
+        [
+            "client memory",
+            f"{human_bytes(e['memory_per_client'])} per client that took part, at most {human_bytes(e['memory_per_client'] * clients)}",
+        ],
+        ["model", human_bytes(e["model_bytes"])],
+        ["dry run", "nothing was trained and nothing was written"],
+    ]
+    return align(rows, left=2)
