@@ -21,7 +21,7 @@ from fedsim.clients.ops import clip
 from fedsim.clients.optimizers import Optimizer
 from fedsim.errors import ClientError
 from fedsim.network import Point
-from fedsim.program import Hooks, Program, task_loss
+from fedsim.program import Hooks, Program, mean_task_loss, task_loss
 from fedsim.strategy import ClientHalf, Grad, Model, require
 
 # A client's data are normalised once per visit when they are at most this large, and else batch by batch.
@@ -340,16 +340,21 @@ class Local:
             self._seed_step()
         hooks = self._hooks if half is None else program.phase_hooks(half).bind(self)
         at = at.contiguous()
-        objective = batch.objective(hooks.loss(Point(network, at), batch))
-        network.bind(at)
+        if hooks.plain_loss and batch.weight is None and batch.x.shape[0] == 1:
+            # The task's own objective in one kernel; the bits of the gradient are those of the general way.
+            network.bind(at)
+            objective = mean_task_loss(network.module(batch.x[0]), batch.y[0])
+        else:
+            objective = batch.objective(hooks.loss(Point(network, at), batch)).sum()
+            network.bind(at)
         if self._batch is None:
-            return network.gradient(objective.sum(), torch.empty_like(self.start), self._only)
+            return network.gradient(objective, torch.empty_like(self.start), self._only)
         if step_batch and self._used == 0:
             self._losses.append(objective.detach())
         if self._used == len(self._grads):
             self._grads.append(torch.empty_like(self.start))
         self._used += 1
-        return network.gradient(objective.sum(), self._grads[self._used - 1], self._only)
+        return network.gradient(objective, self._grads[self._used - 1], self._only)
 
     def _seed_step(self) -> None:
         v = self._visit
@@ -371,11 +376,12 @@ class Local:
     def _gather(self, index: Tensor, weight: Tensor | None) -> Batch:
         program, i = self._program, index[0]
         if self._ready is not None:
-            x, y = (t.index_select(0, i.to(t.device)) for t in self._ready)
+            i = i if self._ready[0].device == i.device else i.to(self._ready[0].device)
+            x, y = self._ready[0].index_select(0, i), self._ready[1].index_select(0, i)
         else:
-            rows = self._shard.rows.index_select(0, i)
-            x = program.inputs(self._shard.x.index_select(0, rows.to(self._shard.x.device)))
-            y = program.targets(self._shard.y.index_select(0, rows.to(self._shard.y.device)))
+            rows = self._shard.rows.index_select(0, i).to(self._shard.x.device)
+            x = program.inputs(self._shard.x.index_select(0, rows))
+            y = program.targets(self._shard.y.index_select(0, rows))
         return Batch(x=x.unsqueeze(0), y=y.unsqueeze(0), index=index, weight=weight)
 
     def _prepare_inputs(self, num_examples: int) -> None:
@@ -536,7 +542,7 @@ class Local:
     def _account(self, counts: list[int], first: int) -> None:
         if not self._losses:
             return
-        losses = torch.cat(self._losses).double().cpu()
+        losses = torch.stack(self._losses).double().cpu()
         if not bool(losses.isfinite().all()):
             bad = int((~losses.isfinite()).nonzero()[0])
             raise ClientError(

@@ -139,11 +139,12 @@ class Images:
             folders = [own, *configs, root]
         splits = next((found for found in map(_parquet, folders) if found), None)
         if splits is None:
+            tried = ", ".join(map(str, folders))
             have = f" (configurations there: {', '.join(f.name for f in configs)})" if configs else ""
             raise DataError(
                 f"no Parquet files of '{self.path}' under data.root={self.root}: looked for "
-                f"{self.train_split}-*.parquet in {', '.join(map(str, folders))}{have}; correct data.root, data.path or data.config, or set "
-                "data.root=null to load from the Hugging Face hub"
+                f"{self.train_split}-*.parquet in {tried}{have}; correct data.root, data.path or "
+                "data.config, or set data.root=null to load from the Hugging Face hub"
             )
         where = str(next(iter(splits.values()))[0].parent)
         return {split: _whole(splits[_known("split", name, splits, key, where)]) for split, name, key in self._splits()}
@@ -309,17 +310,18 @@ def _images(column: Any, name: str, where: str) -> Tensor:
     import pyarrow.compute as pc
     import pyarrow.types as types
 
-    if types.is_struct(column.type) and "bytes" in [f.name for f in column.type]:
-        column = pc.struct_field(column, "bytes")
+    paths: list[str | None] = [None] * len(column)
+    if types.is_struct(column.type) and {"bytes", "path"} <= {f.name for f in column.type}:
+        column, paths = pc.struct_field(column, "bytes"), pc.struct_field(column, "path").to_pylist()
     if not types.is_binary(column.type) and not types.is_large_binary(column.type):
         raise DataError(f"data.image='{name}' of {where} must hold encoded images, not {column.type}")
     cells: list[bytes | None] = column.to_pylist()
-    first = _pixels(cells[0], 0, where)
+    first = _pixels(cells[0], paths[0], 0, where)
     images = np.empty((len(cells), *first.shape), dtype=np.uint8)
 
     def decode(start: int) -> None:
         for row in range(start, min(start + 512, len(cells))):
-            pixels = _pixels(cells[row], row, where)
+            pixels = _pixels(cells[row], paths[row], row, where)
             if pixels.shape != first.shape:
                 raise DataError(
                     f"images of {where} must have one size, but row 0 is {first.shape} and row {row} {pixels.shape} "
@@ -333,14 +335,16 @@ def _images(column: Any, name: str, where: str) -> Tensor:
     return torch.from_numpy(images)
 
 
-def _pixels(cell: bytes | None, row: int, where: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """One image, ``[C, H, W]``: grey ones have 1 channel, all others 3."""
+def _pixels(cell: bytes | None, path: str | None, row: int, where: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """One image, ``[C, H, W]``: grey ones have 1 channel, all others 3. Without bytes it is in a file of its own."""
     import io
 
     from PIL import Image
 
+    if cell is None and path is None:
+        raise DataError(f"row {row} of {where} has no image; drop such rows from the data first")
     try:
-        with Image.open(io.BytesIO(cell or b"")) as image:
+        with Image.open(str(path) if cell is None else io.BytesIO(cell)) as image:
             if image.mode.startswith(("I", "F")):
                 raise DataError(
                     f"row {row} of {where} has more than 8 bits per channel (mode {image.mode}); convert it"

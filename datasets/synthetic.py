@@ -139,7 +139,8 @@ class SyntheticClients:
 
     @cached_property
     def _held(self) -> IntArray:
-        return np.minimum(np.rint(self.options.heldout * self._totals).astype(np.int64), self._totals - 1)
+        wanted: IntArray = np.rint(self.options.heldout * self._totals).astype(np.int64)
+        return np.minimum(wanted, self._totals - 1)
 
     def _client(self, client: int) -> tuple[Shard, Shard]:
         if not 0 <= client < len(self):

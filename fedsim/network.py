@@ -101,8 +101,8 @@ class Network:
         """
         params = self._params if only is None else [self._params[i] for i in only]
         grads = torch.autograd.grad(loss, params, allow_unused=True)
-        if only is None and None not in grads:
-            torch.cat([g.view(-1) if g.is_contiguous() else g.reshape(-1) for g in grads], out=out[0])
+        if only is None and all(g is not None for g in grads):
+            torch.cat([g.reshape(-1) for g in grads], out=out[0])
             return out
         out.zero_()
         places = list(self.layout.slices.values())

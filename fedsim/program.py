@@ -72,6 +72,7 @@ class Bound:
     def __init__(self, hooks: Hooks, local: Local) -> None:
         self.hooks, self._local = hooks, local
         self.plain_direction = not any(overrides(h, "direction") for _, h in hooks.owners())
+        self.plain_loss = not any(overrides(h, "loss") for _, h in hooks.owners())
         self.plain_update = not any(overrides(h, "update") for _, h in hooks.owners())
         self.plain_batch = [(n, h) for n, h in hooks.owners() if overrides(h, "batch")]
         self.schedules = [(n, h) for n, h in hooks.owners() if overrides(h, "schedule")]
@@ -79,9 +80,12 @@ class Bound:
         self._directions = [(n, h) for n, h in hooks.recipes if overrides(h, "direction")]
 
     def _call(self, owner: tuple[str, ClientHalf], hook: str, *args: Any) -> Any:
-        name, half = owner
-        with self._local.space(name):
-            return getattr(half, hook)(*args, self._local)
+        local, (name, half) = self._local, owner
+        before, local._space = local._space, name  # `Local.space`, without a context manager's microseconds
+        try:
+            return getattr(half, hook)(*args, local)
+        finally:
+            local._space = before
 
     def single(self, hook: str, *args: Any) -> Any:
         """Calls a hook that has one owner."""
@@ -167,6 +171,15 @@ def task_loss(outputs: Tensor, y: Tensor) -> Tensor:
     if len(y) == 1:
         return F.cross_entropy(outputs[0], y[0], reduction="none").unsqueeze(0)
     return F.cross_entropy(outputs.flatten(0, 1), y.flatten(), reduction="none").view_as(y)
+
+
+def mean_task_loss(outputs: Tensor, y: Tensor) -> Tensor:
+    """The mean of `task_loss` over one client's batch, ``[B, ...]`` and ``[B]``, as a scalar."""
+    if not isinstance(outputs, Tensor):
+        raise ConfigError(
+            f"the model returns a {type(outputs).__name__}, not a tensor; the strategy or a recipe needs a `loss`"
+        )
+    return task_loss(outputs[None], y[None]).mean() if y.is_floating_point() else F.cross_entropy(outputs, y)
 
 
 class Program:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -70,8 +71,8 @@ class Info:
     client_lr: float
 
     def generator(self, purpose: str, *index: int | str) -> torch.Generator:
-        """A stream of the server's own random numbers."""
-        return random.generator(self.seed, purpose, "server", *index)
+        """A stream of the server's own random numbers, for `Strategy.init`."""
+        return random.generator(self.seed, purpose, "init", *index)
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,24 @@ class ClientHalf:
 
 @dataclass(frozen=True)
 class Strategy(ClientHalf):
-    """A federated method, both halves. Required: `init`, and `step` or `round`."""
+    """A federated method, both halves. Required: `init`, and `step` or `round`.
+
+    The class also says how it is tested: one suite holds every method to the same laws, and to being its
+    parent where its own idea is switched off.
+
+    Attributes:
+        parent: Name of the method (a config of the group ``strategy``) that this one extends, or None.
+        parent_options: Options of the parent under which the two are compared.
+        neutral: Options that make this method its parent, bit for bit.
+        quick: Options under which a run with small data takes seconds; for methods with long phases.
+        exempt: Laws of the suite that do not apply, each with the reason.
+    """
+
+    parent: ClassVar[str | None] = None
+    parent_options: ClassVar[Mapping[str, Any]] = {}
+    neutral: ClassVar[Mapping[str, Any]] = {}
+    quick: ClassVar[Mapping[str, Any]] = {}
+    exempt: ClassVar[Mapping[str, str]] = {}
 
     def init(self, info: Info, w: Tensor) -> Any:
         """The server's first state, from the initial parameters ``w``, ``[d]``. Default: `State`."""
