@@ -1,14 +1,15 @@
 """Atomic checkpoints and exact resume.
 
-A checkpoint is one ``.safetensors`` file: the server's state, the federation's, the index of client memory. Its
-name carries the first 16 digits of its SHA-256, so that a damaged one is known; it is written beside its name
-and renamed, so that a half-written one is never seen. The last two are kept.
+A checkpoint is one ``.safetensors`` file: the driver's state, the server's, the federation's, and the names of the
+segments of client memory. Its name carries the first 16 digits of its SHA-256, so that a damaged one is known; it is
+written beside its name and renamed, so that a half-written one is never seen. The last two are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from fedsim import tree
 from fedsim.errors import FedsimError, RunError
 from fedsim.memory import Memory
 from fedsim.rundir import write_atomic
+
+log = logging.getLogger(__name__)
 
 KEEP = 2
 
@@ -33,7 +36,7 @@ class Checkpoints:
 
     def __init__(self, folder: Path, memory: Memory) -> None:
         self._folder, self._memory = folder, memory
-        self._indices: dict[Path, dict[str, Any]] = {}
+        self._kept: dict[Path, list[str]] = {}  # oldest first, with the segments that each needs
 
     def save(self, round_num: int, content: Any) -> Path:
         """Saves a checkpoint and removes old ones.
@@ -45,17 +48,17 @@ class Checkpoints:
         Raises:
             RunError: The disk is full or not writable; the checkpoint before stays valid.
         """
-        index = self._memory.flush()
-        text, tensors = tree.flatten({"content": content, "memory": index})
+        segments = self._memory.flush()
+        text, tensors = tree.flatten({"content": content, "memory": segments})
         data = save({k: t.to("cpu", copy=True).contiguous() for k, t in tensors.items()}, {"tree": text})
         path = self._folder / f"{round_num:08d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         write_atomic(path, data)
-        self._indices[path] = index
-        found = files(self._folder)
-        for old in [p for p in found if p != path][: -(KEEP - 1) or None]:
-            old.unlink()
-            self._indices.pop(old, None)
-        self._memory.collect(self._indices.values())
+        self._kept.pop(path, None)
+        self._kept[path] = segments
+        for old in list(self._kept)[:-KEEP]:
+            old.unlink(missing_ok=True)
+            del self._kept[old]
+        self._memory.collect(self._kept.values())
         return path
 
     def load(self) -> Any:
@@ -64,14 +67,20 @@ class Checkpoints:
         Raises:
             RunError: It is damaged; says what to do.
         """
-        found = files(self._folder)
-        if not found:
-            self._memory.restore(None)
+        self._kept = {}
+        *older, newest = files(self._folder) or [None]
+        if newest is None:
+            self._memory.restore([])
             return None
-        self._indices = {p: tree_of(p)["memory"] for p in found[:-1]}
-        saved = tree_of(found[-1])
-        self._indices[found[-1]] = saved["memory"]
-        self._memory.restore(saved["memory"])
+        saved = tree_of(newest)
+        for path in older:
+            try:
+                self._kept[path] = tree_of(path)["memory"]
+            except FedsimError as exc:  # it is not needed
+                log.warning("%s", exc)
+                self._kept[path] = []
+        self._memory.restore(saved["memory"], self._kept.values())
+        self._kept[newest] = saved["memory"]
         return saved["content"]
 
 
@@ -81,7 +90,7 @@ def files(folder: Path) -> list[Path]:
 
 
 def tree_of(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds: ``content`` and the index of ``memory``.
+    """What a checkpoint holds: ``content``, and ``memory``, the names of its segments.
 
     Raises:
         RunError: It is damaged; says what to do.

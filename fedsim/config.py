@@ -1,7 +1,7 @@
-"""Composes the config tree with Hydra, and checks every value before any work is done.
+"""The keys that the platform reads, and checks of every value before any work is done.
 
-Fields of plug-ins (strategies, partitioners, ...) are checked by the plug-ins themselves when they are built;
-this file knows the keys that the platform reads.
+Fields of plug-ins (strategies, partitioners, ...) are checked by the plug-ins themselves when they are built.
+`fedsim.compose` makes a config from what a user writes.
 """
 
 from __future__ import annotations
@@ -33,8 +33,12 @@ GROUPS = (
     "tracker",
     "experiment",
 )
-#: Keys that do not change results; they may differ between a run and its resume.
+#: Groups of which several options may be chosen.
+LISTS = ("recipe", "tracker")
+#: Keys that do not change results.
 NEUTRAL = ("engine", "tracker", "run_dir", "resume", "name", "checkpoint", "rounds", "hydra")
+#: Keys that may be given anew when a run is resumed.
+RESUMABLE = ("engine", "tracker", "checkpoint", "rounds")
 CONF = Path(__file__).parent / "conf"
 
 
@@ -42,7 +46,12 @@ CONF = Path(__file__).parent / "conf"
 
 
 def _refuse(key: str, needed: str, got: Any) -> ConfigError:
-    return ConfigError(f"{key} must be {needed}, got {got!r}")
+    return ConfigError(f"{key} must be {needed}, got {shown(got)}")
+
+
+def shown(value: Any) -> str:
+    """A value as a user writes it."""
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
 
 
 def _integer(low: int, null: bool = False) -> Check:
@@ -79,10 +88,8 @@ def _flag(key: str, value: Any) -> None:
 def _choice(*options: Any) -> Check:
     def check(key: str, value: Any) -> None:
         if value not in options:
-            names = ", ".join("null" if o is None else str(o) for o in options)
-            raise ConfigError(
-                f"{key} must be one of {names}, got {value!r}{did_you_mean(str(value), map(str, options))}"
-            )
+            near = did_you_mean(str(value), map(str, options))
+            raise ConfigError(f"{key} must be one of {', '.join(map(str, options))}, got {shown(value)}{near}")
 
     return check
 
@@ -188,7 +195,7 @@ SCHEMA: dict[str, Check] = {
     "checkpoint.seconds": _number("[0, inf)"),
     "checkpoint.memory": _choice("ram", "disk"),
 }
-_OPEN = {key for key, check in SCHEMA.items() if check in (_target, _named_targets)}
+OPEN = {key for key, check in SCHEMA.items() if check in (_target, _named_targets)}
 
 
 def check(config: Config) -> None:
@@ -204,7 +211,7 @@ def check(config: Config) -> None:
         fields = [k.split(".", 1)[1] for k in SCHEMA if k.startswith(f"{top}.")]
         if top not in SCHEMA and not isinstance(value, Mapping):
             raise _refuse(top, f"a group with the keys {', '.join(fields)}", value)
-        if fields and top not in _OPEN:
+        if fields and top not in OPEN:
             for name in value:
                 if name not in fields:
                     raise ConfigError(
@@ -214,7 +221,7 @@ def check(config: Config) -> None:
         node: Any = config
         for part in key.split("."):
             if not isinstance(node, Mapping) or part not in node:
-                raise ConfigError(f"key '{key}' is missing; does a config file of yours leave it out?")
+                raise ConfigError(f"key '{key}' is missing; it cannot be deleted or left out of a config file")
             node = node[part]
             if node is None and key.startswith("partition"):  # data that bring their own clients
                 break
@@ -227,8 +234,8 @@ def _check_together(config: Config) -> None:
     client, stop = config["client"], config["stop"]
     if (client["epochs"] is None) == (client["steps"] is None):
         raise ConfigError(
-            f"give one of client.epochs and client.steps and set the other to null; "
-            f"got epochs={client['epochs']}, steps={client['steps']}"
+            "give one of client.epochs and client.steps and set the other to null; got "
+            f"client.epochs={shown(client['epochs'])} client.steps={shown(client['steps'])}"
         )
     optimizer = client["optimizer"]
     foreign = {"sgd": ("betas", "eps"), "adam": ("momentum", "nesterov"), "adamw": ("momentum", "nesterov")}
@@ -238,100 +245,28 @@ def _check_together(config: Config) -> None:
         else ("momentum", "nesterov", "betas", "eps", "weight_decay")
     )
     for name in unused:
-        if client[name] != default_config()["client"][name]:
+        if client[name] != load(CONF / "client" / "default.yaml")[name]:
+            kind = optimizer if isinstance(optimizer, str) else optimizer["_target_"]
             raise ConfigError(
-                f"client.{name} has no effect with client.optimizer={optimizer}; remove it or change the optimizer"
+                f"client.{name}={client[name]} has no effect with client.optimizer={kind}; "
+                "remove it, or change the optimizer"
             )
     if client["nesterov"] and not client["momentum"]:
         raise ConfigError("client.nesterov=true needs client.momentum > 0, got client.momentum=0")
     for name in ("target_accuracy", "patience"):
         if stop[name] is not None and not config["data"]["validation"]:
             raise ConfigError(
-                f"stop.{name} looks at validation data that the server keeps; set data.validation, such as data.validation=0.1"
+                f"stop.{name}={stop[name]} looks at examples that the server keeps, and data.validation is 0; "
+                "set data.validation, such as data.validation=0.1"
             )
 
 
-# --- composing --------------------------------------------------------------------------------------------
+# --- files ------------------------------------------------------------------------------------------------
 
 
-def compose(overrides: Sequence[str]) -> Config:
-    """The config tree with overrides in Hydra's grammar, resolved.
-
-    Raises:
-        ConfigError: An override is malformed, or names a key or an option that does not exist.
-    """
-    from hydra import compose as hydra_compose
-    from hydra import initialize_config_module
-    from hydra.core.global_hydra import GlobalHydra
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    GlobalHydra.instance().clear()
-    try:
-        with initialize_config_module("fedsim.conf", version_base="1.3"):
-            tree = hydra_compose("config", list(overrides))
-            return to_config(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
-    except (HydraException, OmegaConfBaseException) as exc:
-        raise ConfigError(explain(exc)) from exc
-
-
-def to_config(tree: Any) -> Config:
-    """A plain config from Hydra's, without what is Hydra's own."""
-    config = {str(k): v for k, v in tree.items() if k not in ("hydra", "experiment")}
-    config["recipe"] = config.get("recipe") or {}
-    return config
-
-
-def explain(exc: BaseException) -> str:
-    """One line for an error of Hydra or OmegaConf, with the nearest name that exists."""
-    text = " ".join(str(exc).split())
-    if m := re.search(r"Could not override '([^']+)'", text):
-        key, known = m[1].lstrip("+~").split("@")[0], list(leaves(default_config()))
-        if key in GROUPS and (m2 := re.search(r"Could not override '[^']+'\.? ?No match", text)):
-            return f"unknown group '{key}': {m2[0]}"
-        near = did_you_mean(key, [*known, *GROUPS, *{k.rsplit(".", 1)[0] for k in known if "." in k}])
-        return f"unknown key '{key}'{near}; `fedsim list` shows groups and keys (add a new key with +{key}=...)"
-    if m := re.search(r"(?:Could not find|Could not load) '([^']+)'", text):
-        group, _, option = m[1].partition("/")
-        options = list_options(group)
-        if options:
-            return f"{group} has no option '{option}'{did_you_mean(option, options)}; it has: {', '.join(options)}"
-        return f"there is no config '{m[1]}'"
-    if m := re.search(r"Missing mandatory value: (\S+)", text):
-        return f"{m[1]} has no value yet; set it, such as {m[1]}=..."
-    if (
-        "mismatched input" in text
-        or "no viable alternative" in text
-        or "extraneous input" in text
-        or "token recognition" in text
-    ):
-        return f"cannot read an override: {text.split(' See https')[0]}; an override is key=value, such as client.lr=0.1 (quote what holds commas or spaces)"
-    return text.split(" See https")[0]
-
-
-def list_options(group: str) -> list[str]:
-    """The options of a config group."""
-    return sorted(p.stem for p in (CONF / group).glob("*.yaml"))
-
-
-_DEFAULT: list[Config] = []
-
-
-def default_config() -> Config:
-    """The config without overrides."""
-    if not _DEFAULT:
-        _DEFAULT.append(compose([]))
-    return _DEFAULT[0]
-
-
-def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """All keys, dotted."""
-    for key, value in config.items():
-        if isinstance(value, Mapping) and value:
-            yield from leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}"
+def options(group: str, folders: Sequence[Path | None] = (CONF,)) -> dict[str, Path]:
+    """The options of a config group, and their files."""
+    return {f.stem: f for folder in folders if folder for f in sorted((folder / group).glob("*.yaml"))}
 
 
 def config_hash(config: Config) -> str:
@@ -366,28 +301,9 @@ def load(path: Path) -> Config:
     return {str(k): v for k, v in tree.items()}
 
 
-def resume_config(overrides: Sequence[str]) -> tuple[Config, Path]:
-    """The config of the run that ``resume=`` names, with what may change on a resume changed.
-
-    Raises:
-        ConfigError: It is no run directory, or another override would change results.
-    """
-    given = dict(o.split("=", 1) for o in overrides if "=" in o)
-    run = Path(given.pop("resume"))
-    saved = load(run / "config.yaml") if run.is_dir() else None
-    if saved is None:
-        raise ConfigError(
-            f"resume={run}: no such directory; give a run directory such as runs/<name>/<timestamp>-<hash>"
-        )
-    for key, value in given.items():
-        top = key.lstrip("+~").split(".")[0].split("/")[0]
-        if top not in NEUTRAL:
-            raise ConfigError(
-                f"resume goes on with the run's own config; {key}={value} would make it another experiment "
-                f"(only {', '.join(k for k in NEUTRAL if k not in ('hydra', 'resume', 'run_dir', 'name'))} may change)"
-            )
-    changed = compose([o for o in overrides if not o.startswith("resume=")])
-    for key in {k.lstrip("+~").split(".")[0].split("/")[0] for k in given}:
-        saved[key] = changed[key]
-    saved["resume"] = str(run)
-    return saved, run
+def keys(config: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """All keys, dotted; those that hold others included."""
+    for key, value in config.items():
+        yield f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            yield from keys(value, f"{prefix}{key}.")

@@ -5,7 +5,6 @@ A strategy sees clients and reduced entries; pieces, workers, memory rows and by
 
 from __future__ import annotations
 
-import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -14,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedsim import random
+from fedsim import random, tree
 from fedsim.clients.participation import Participation
 from fedsim.clients.systems import System
 from fedsim.clock import Clock
 from fedsim.engine.base import Engine, EvalTask, Outcome, Score, Task
-from fedsim.errors import RunError
+from fedsim.errors import ClientError, RunError
 from fedsim.evaluation import merge, metrics
 from fedsim.memory import Memory
 from fedsim.program import Program
-from fedsim.reduce import Reduced, Rows, Sized, TreeSum, finish, nbytes, tensors_in
+from fedsim.reduce import Reduced, Rows, Sized, TreeSum, finish, lane, nbytes
 from fedsim.strategy import SERVER, ClientHalf
 from fedsim.vector import Layout
 
@@ -164,8 +163,8 @@ class Federation:
 
     @property
     def module(self) -> nn.Module:
-        """The network; copy it before changing it."""
-        return self.program.network.module
+        """A new copy of the network, with its initial weights."""
+        return self.program.fresh_module()
 
     @property
     def seed(self) -> int:
@@ -219,13 +218,13 @@ class Federation:
         Raises:
             ClientError: Local training failed.
         """
-        cohort = tuple(sorted(set(clients)))
+        cohort = tuple(sorted(int(c) for c in clients))
         self._check_clients(cohort)
         call = self._count(f"train.{phase}")
         visit: int | str = self.round_num if call == 0 else f"{self.round_num}.{call}"
         program = self.program if model is None else self.program.variant(model)
         strategy = self.program.strategy
-        sent, charges = self._payload(strategy.broadcast(state) if send is None else send)
+        sent, charges = self._payload(strategy.broadcast(state) if send is None else send, program)
         whole = Task(
             (), (), (), self.engine.put(sent), {}, half, phase, self.round_num, 0, len(cohort), steps, epochs, model
         )
@@ -234,10 +233,9 @@ class Federation:
         slowest, size = 0, max(1, min(PIECE, -(-len(cohort) // self.engine.slots)))
         for first in range(0, len(cohort), size):
             part = cohort[first : first + size]
-            unicast = {} if send is not None else strategy.unicast(state, part)
-            piece = self._piece(
-                replace(whole, clients=part, visits=(visit,) * len(part), unicast=unicast, first_leaf=first), charges
-            )
+            own = {} if send is not None else strategy.unicast(state, part)
+            task = replace(whole, clients=part, visits=(visit,) * len(part), first_leaf=first)
+            piece = self._piece(task, charges, own, program)
             waiting.append((piece, self.engine.submit(piece.task)))
             while waiting and (len(waiting) > 2 * self.engine.slots or first + size >= len(cohort)):
                 done, ticket = waiting.popleft()
@@ -259,11 +257,8 @@ class Federation:
         Returns:
             When it will arrive, in nanoseconds.
         """
+        client = int(client)
         self._check_clients((client,))
-        if client in self._flights:
-            raise RunError(
-                f"client {client} is still at work on its task {self._flights[client].visit}; wait for its arrival"
-            )
         strategy = self.program.strategy
         sent, charges = self._payload(strategy.broadcast(state))
         visit = self._visits[client] = self._visits.get(client, 0) + 1
@@ -272,7 +267,7 @@ class Federation:
             (visit,),
             (),
             sent,
-            strategy.unicast(state, (client,)),
+            {},
             None,
             "train",
             self.round_num,
@@ -280,12 +275,12 @@ class Federation:
             1,
             steps,
         )
-        piece = self._piece(task, charges)
+        piece = self._piece(task, charges, strategy.unicast(state, (client,)), self.program)
         planned = self.program.options.planned_steps(len(self.program.shard(client))) if steps is None else steps
         bytes_up = 4 * self.program.shared_size
         arrival = self.now + self.system.duration_ns(client, visit, planned, piece.down[0], bytes_up, self.seed)
         self._round.bytes_down += piece.down[0]
-        self._launch(Flight(client, visit, self.round_num, steps, sent, task.unicast, piece.marks[0], train))
+        self._launch(Flight(client, visit, self.round_num, steps, sent, piece.task.unicast, piece.marks[0], train))
         self._clock.schedule(arrival, "arrival", client)
         return arrival
 
@@ -343,15 +338,13 @@ class Federation:
             clients: Client ids.
             mode: ``global``, or ``personal`` for the client's own model (`Strategy.personal`).
         """
-        strategy = self.program.strategy
         handle = self.engine.put(self.payload(state))
         tasks = []
         for first in range(0, len(clients), PIECE):
             part = tuple(clients[first : first + PIECE])
             rows = tuple(self.memory.get(part))
-            tasks.append(
-                EvalTask("heldout", mode, handle, (0, 0), part, rows, strategy.unicast(state, part), self.round_num)
-            )
+            own = self.unicast(state, part)
+            tasks.append(EvalTask("heldout", mode, handle, (0, 0), part, rows, own, self.round_num))
         return self._run_all(tasks)
 
     # --- the round, for the driver --------------------------------------------------------------------
@@ -371,15 +364,19 @@ class Federation:
         return self._clock.seconds
 
     def state(self) -> dict[str, Any]:
-        """All that a resume needs besides server state and memory; payloads under way are kept once each."""
+        """All that a resume needs besides server state and memory; equal payloads under way are kept once."""
         payloads: list[dict[str, Any]] = []
-        places: dict[int, int] = {}
+        hashes: dict[tuple[tuple[str, int], ...], str] = {}
+        places: dict[str, int] = {}
         flights = []
         for f in self._flights.values():
-            if id(f.sent) not in places:
-                places[id(f.sent)] = len(payloads)
+            same = tuple((name, id(value)) for name, value in f.sent.items())
+            if same not in hashes:
+                hashes[same] = tree.sha256(f.sent)
+            # By content, not by identity: after a resume equal payloads are other objects, and hashes must not change.
+            if (place := places.setdefault(hashes[same], len(payloads))) == len(payloads):
                 payloads.append(f.sent)
-            flights.append((f.client, f.visit, f.round_num, f.steps, places[id(f.sent)], f.unicast, f.marks, f.train))
+            flights.append((f.client, f.visit, f.round_num, f.steps, place, f.unicast, f.marks, f.train))
         return {
             "clock": self._clock.state(),
             "visits": dict(self._visits),
@@ -398,14 +395,20 @@ class Federation:
             self._launch(Flight(client, visit, round_num, steps, saved["payloads"][place], *rest))
 
     def payload(self, state: Any) -> dict[str, Any]:
-        """The broadcast of ``state`` as it is sent."""
-        return self._payload(self.program.strategy.broadcast(state))[0]
+        """What evaluation starts from: the broadcast of ``state``, and the global model if it does not have it."""
+        sent = self._payload(self.program.strategy.broadcast(state))[0]
+        return {"w": state.w, **sent}
+
+    def unicast(self, state: Any, clients: Sequence[int]) -> dict[str, Any]:
+        """What `Strategy.unicast` sends to some clients, ``[C, ...]`` each."""
+        return {k: _plain(v) for k, v in self.program.strategy.unicast(state, tuple(clients)).items()}
 
     def cost_down(self, state: Any, client: int) -> int:
         """Bytes that a first visit sends to ``client``."""
         sent, charges = self._payload(self.program.strategy.broadcast(state))
-        unicast = self.program.strategy.unicast(state, (client,))
-        return self._piece(Task((client,), (0,), (), sent, unicast, None, "train", 0, 0, 1), charges).down[0]
+        own = self.program.strategy.unicast(state, (client,))
+        task = Task((client,), (0,), (), sent, {}, None, "train", 0, 0, 1)
+        return self._piece(task, charges, own, self.program).down[0]
 
     # --- inside ---------------------------------------------------------------------------------------
 
@@ -417,55 +420,63 @@ class Federation:
     def _check_clients(self, clients: Sequence[int]) -> None:
         if not clients:
             raise RunError(f"round {self.round_num}: no clients to train; the cohort must not be empty")
-        if bad := [c for c in clients if c != SERVER and not 0 <= c < self.num_clients]:
-            raise RunError(f"round {self.round_num}: client {bad[0]} does not exist; there are {self.num_clients}")
+        for c in clients:
+            if c != SERVER and not 0 <= c < self.num_clients:
+                raise RunError(f"round {self.round_num}: client {c} does not exist; there are {self.num_clients}")
+            if c in self._flights:
+                raise RunError(f"client {c} is still at work on its task {self._flights[c].visit}; wait for its arrival")
+        if len(set(clients)) < len(clients):
+            twice = next(c for c in clients if clients.count(c) > 1)
+            raise RunError(
+                f"round {self.round_num}: client {twice} is in the cohort twice; train it once and give it a weight"
+            )
 
-    def _payload(self, named: Mapping[str, Any]) -> tuple[dict[str, Any], list[Charge]]:
+    def _payload(
+        self, named: Mapping[str, Any], program: Program | None = None
+    ) -> tuple[dict[str, Any], list[Charge]]:
         """What is sent, and per name its bytes and (for `once`) a digest of its content."""
-        sent: dict[str, Any] = {}
-        charges: list[Charge] = []
-        for name, value in named.items():
-            plain = value.value if isinstance(value, Sized) else value
-            sent[name] = plain
-            size = self._nbytes(plain)
-            if isinstance(value, Sized):
-                size = size if value.nbytes is None else value.nbytes
-            charges.append((name, size, self._digest(name, plain) if isinstance(value, Sized) and value.once else None))
+        program = program or self.program
+        if "buffers" in named:
+            raise RunError("'buffers' names the network's own statistics; send yours under another name")
+        sent = {name: _plain(value) for name, value in named.items()}
+        charges = [_charge(name, value, sent[name], program, self._digest) for name, value in named.items()]
         if self.buffers is not None:
             sent["buffers"] = self.buffers
             if self.program.options.buffers == "mean":
                 charges.append(("buffers", nbytes(self.buffers), None))
         return sent, charges
 
-    def _nbytes(self, value: Any) -> int:
-        d = self.program.layout.d
-        if isinstance(value, Tensor) and value.shape[-1:] == (d,):
-            return nbytes(value) // d * self.program.shared_size
-        return nbytes(value)
-
     def _digest(self, name: str, value: Any) -> int:
         """63 bits of the content's hash; computed once for the same object."""
         known = self._digests.get(name)
         if known is None or known[0] is not value:
-            h = hashlib.sha256()
-            for t in tensors_in(value):
-                h.update(repr((t.dtype, t.shape)).encode())
-                h.update(t.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-            known = self._digests[name] = (value, int.from_bytes(h.digest()[:8], "little") >> 1)
+            known = self._digests[name] = (value, _short_hash(value))
         return known[1]
 
-    def _piece(self, task: Task, charges: list[Charge]) -> Piece:
-        """Adds the clients' memory to a task, and says what sending it costs."""
+    def _piece(self, task: Task, charges: list[Charge], own: Mapping[str, Any], program: Program) -> Piece:
+        """Adds the clients' memory and their own payloads to a task, and says what sending it costs.
+
+        Args:
+            task: The task.
+            charges: Of the broadcast; what a client gets under the same name of its own is not sent twice.
+            own: What `Strategy.unicast` returned for the task's clients.
+            program: The build of the network that the payloads are for.
+        """
         old = self.memory.get(task.clients)
+        unicast = {name: _plain(value) for name, value in own.items()}
         down, marks = [], []
         for i, (client, row) in enumerate(zip(task.clients, old, strict=True)):
-            new = {f"sent.{n}": torch.tensor(h) for n, _, h in charges if h is not None and not _has(row, n, h)}
-            total = sum(self._nbytes(v[i]) for v in task.unicast.values())
-            total += sum(size for name, size, h in charges if h is None or f"sent.{name}" in new)
+            mine = [
+                _charge(name, value, lane(unicast[name], i), program, lambda _, v: _short_hash(v))
+                for name, value in own.items()
+            ]
+            mine += [charge for charge in charges if charge[0] not in own]
+            new = {f"sent.{n}": torch.tensor(h) for n, _, h in mine if h is not None and not _has(row, n, h)}
+            total = sum(size for name, size, h in mine if h is None or f"sent.{name}" in new)
             down.append(0 if client == SERVER else total)
             marks.append(new)
         memory = tuple({k: v for k, v in row.items() if not k.startswith("sent.")} for row in old)
-        return Piece(replace(task, memory=memory), old, down, marks)
+        return Piece(replace(task, memory=memory, unicast=unicast), old, down, marks)
 
     def _launch(self, flight: Flight) -> None:
         self._flights[flight.client] = flight
@@ -484,7 +495,7 @@ class Federation:
                 1,
                 flight.steps,
             )
-            piece = replace(self._piece(task, []), marks=[flight.marks])
+            piece = replace(self._piece(task, [], {}, self.program), marks=[flight.marks])
             self._tickets[flight.client] = (replace(piece, down=[0]), self.engine.submit(piece.task))
 
     def _adopt(self, piece: Piece, outcome: Outcome) -> int:
@@ -494,7 +505,7 @@ class Federation:
         self.memory.put(task.clients, [{**old, **marks, **rows} for old, marks, rows in new])
         done.bytes_down += sum(piece.down)
         done.bytes_up += sum(outcome.bytes_up)
-        done.clients += len(task.clients)
+        done.clients += sum(c != SERVER for c in task.clients)
         done.steps += sum(outcome.steps)
         done.examples += sum(outcome.examples)
         if task.phase == "train":
@@ -540,12 +551,24 @@ class Collector:
         self._num_examples: list[int] = []
 
     def add(self, outcome: Outcome) -> None:
-        """Takes a piece; pieces with rows must come in order."""
+        """Takes a piece; pieces with rows must come in order.
+
+        Raises:
+            ClientError: Its clients sent other entries than those before.
+        """
         self._kinds = self._kinds or outcome.kinds
+        if outcome.kinds != self._kinds:
+            raise ClientError(
+                f"some clients sent the entries {self._kinds}, others {outcome.kinds}; finish() must return the same "
+                "names and reductions for every client"
+            )
         for name, nodes in outcome.nodes.items():
-            tree = self._trees.setdefault(name, TreeSum(self._size))
+            sums = self._trees.setdefault(name, TreeSum(self._size))
             for node, value in nodes.items():
-                tree.add(node, value)
+                try:
+                    sums.add(node, value)
+                except ValueError as exc:
+                    raise ClientError(f"entry '{name}': {exc}") from exc
         for name, rows in outcome.rows.items():
             self._rows.setdefault(name, []).extend(rows)
         self._num_examples += outcome.num_examples
@@ -565,6 +588,20 @@ class Collector:
                     raise RunError(f"entry '{name}': all weights of the cohort are 0; does it hold any examples?")
                 out[name] = finish(kind, value)
         return out, num_examples
+
+
+def _plain(value: Any) -> Any:
+    return value.value if isinstance(value, Sized) else value
+
+
+def _charge(name: str, value: Any, plain: Any, program: Program, digest: Callable[[str, Any], int]) -> Charge:
+    """What sending ``plain`` costs; ``value`` may say so itself, or that it is charged `once`."""
+    size = value.nbytes if isinstance(value, Sized) and value.nbytes is not None else program.nbytes(plain)
+    return name, size, digest(name, plain) if isinstance(value, Sized) and value.once else None
+
+
+def _short_hash(value: Any) -> int:
+    return int(tree.sha256(value)[:16], 16) >> 1
 
 
 def _has(row: Mapping[str, Tensor], name: str, digest: int) -> bool:

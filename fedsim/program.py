@@ -8,7 +8,8 @@ chain; a recipe's ``direction`` is what the strategy's ``grad`` returns, and its
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedsim import random
 from fedsim.data import Clients, Dataset, Shard, Split
 from fedsim.errors import ConfigError
 from fedsim.network import Network
-from fedsim.reduce import Entry
+from fedsim.reduce import Entry, nbytes
 from fedsim.strategy import SERVER, ClientHalf, Grad, Model, Strategy
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from fedsim.clients.local import ClientOptions, Local
 
 SINGLE_OWNER = ("order", "update", "work", "predict", "personal")
+RESERVED = ("strategy", "stream", "buffers", "sent")  # first parts of the names of memory rows
 
 
 def overrides(half: ClientHalf, hook: str) -> bool:
@@ -47,6 +50,9 @@ class Hooks:
     outer: ClientHalf
 
     def __post_init__(self) -> None:
+        for name, _ in self.recipes:
+            if name in RESERVED or "." in name:
+                raise ConfigError(f"a recipe cannot be called '{name}'; rename the key recipe.{name}")
         for hook in (*SINGLE_OWNER, "loss"):
             halves = [h for _, h in self.recipes] if hook == "loss" else [h for _, h in self.owners()]
             owners = [type(h).__name__ for h in halves if overrides(h, hook)]
@@ -102,6 +108,12 @@ class Bound:
         for owner in self.hooks.owners():
             if owner[1] is self.hooks.outer or overrides(owner[1], "finish"):
                 new: dict[str, Entry] = self._call(owner, "finish", w)
+                for name, entry in new.items():
+                    if not isinstance(entry, Entry):
+                        raise ConfigError(
+                            f"{type(owner[1]).__name__}.finish: entry '{name}' is a {type(entry).__name__}; "
+                            "say how it is reduced: mean, total, stack or concat (fedsim.reduce)"
+                        )
                 if twice := sorted(out.keys() & new.keys()):
                     raise ConfigError(f"two halves send an entry called '{twice[0]}'; rename one")
                 out |= new
@@ -182,6 +194,17 @@ def mean_task_loss(outputs: Tensor, y: Tensor) -> Tensor:
     return task_loss(outputs[None], y[None]).mean() if y.is_floating_point() else F.cross_entropy(outputs, y)
 
 
+@contextmanager
+def _keyed(seed: int, name: str) -> Iterator[None]:
+    """Seeds torch's global generator, which constructors of layers draw from; restores it afterwards."""
+    before = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(random.derive(seed, "model", name))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before)
+
+
 class Program:
     """Everything that is the same for all tasks of a run.
 
@@ -232,17 +255,43 @@ class Program:
         if model not in self._variants:
             other = copy.copy(self)
             other._variants = {}
-            other._install(model(copy.deepcopy(self.network.module)))
+            with _keyed(self.seed, "variant"):
+                other._install(model(self.fresh_module()))
             while len(self._variants) >= 4:
                 self._variants.pop(next(iter(self._variants)))
             self._variants[model] = other
         return self._variants[model]
 
     def rebuild(self, module: nn.Module) -> nn.Module:
-        """Applies the `ClientHalf.model` hooks, innermost first."""
-        for _, half in self.hooks.owners():
-            module = half.model(module)
-        return module
+        """Applies the `ClientHalf.model` hooks, innermost first; each draws new weights from its own stream."""
+        like = next(module.parameters(), None)
+        for name, half in self.hooks.owners():
+            with _keyed(self.seed, name):
+                module = half.model(module)
+        return module if like is None else module.to(like.device, like.dtype)
+
+    def fresh_module(self) -> nn.Module:
+        """A copy of the network as it was first built, whatever was trained on this one since."""
+        self.network.bind(self.network.initial)
+        self.network.bind_buffers(self.network.initial_buffers)
+        return copy.deepcopy(self.network.module)
+
+    def nbytes(self, value: Any) -> int:
+        """Bytes that ``value`` costs to send: of a parameter-sized tensor, only the coordinates that are shared.
+
+        Args:
+            value: A tree of tensors and numbers; tensors ``[..., d]`` are parameter-sized.
+        """
+        if isinstance(value, Tensor):
+            if value.shape[-1:] == (self.layout.d,) and self.kept_out is not None:
+                rows = value.numel() // self.layout.d
+                return nbytes(value.flatten()[: rows * self.shared_size])
+            return nbytes(value)
+        if isinstance(value, Mapping):
+            return sum(self.nbytes(v) for v in value.values())
+        if isinstance(value, list | tuple):
+            return sum(self.nbytes(v) for v in value)
+        return nbytes(value)
 
     def roles(self) -> dict[str, str]:
         """Role of every parameter that has one, by name."""

@@ -107,6 +107,15 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(v)
 
 
+def lane(tree: Any, i: int) -> Any:
+    """What client ``i`` of C gets of a payload: ``t[i]`` of every tensor ``[C, ...]``, item ``i`` of a list."""
+    if isinstance(tree, Mapping):
+        return {k: lane(v, i) for k, v in tree.items()}
+    if isinstance(tree, tuple):
+        return tuple(lane(v, i) for v in tree)
+    return tree[i]
+
+
 def nbytes(tree: Any) -> int:
     """Bytes of a tree as it would be sent: 4 per floating-point number, 8 per Python number,
     other tensors as they are, one bit per bool."""
@@ -130,6 +139,9 @@ class TreeSum:
 
     Args:
         num_leaves: Size of the tree, fixed by the cohort.
+
+    Raises:
+        ValueError: Two leaves are of different shapes.
     """
 
     def __init__(self, num_leaves: int) -> None:
@@ -146,6 +158,11 @@ class TreeSum:
                 pass  # no right sibling
             elif (sibling := self.nodes.pop((level, index ^ 1), None)) is not None:
                 left, right = (sibling, value) if index % 2 else (value, sibling)
+                if [a.shape for a in left] != [b.shape for b in right]:
+                    raise ValueError(
+                        f"clients sent shapes {[tuple(a.shape) for a in left]} and "
+                        f"{[tuple(b.shape) for b in right]} (value and weight) under one name; they must be equal"
+                    )
                 value = tuple(a + b for a, b in zip(left, right, strict=True))
             else:
                 break
