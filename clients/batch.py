@@ -34,6 +34,11 @@ class Batch(SimpleNamespace):
     def keep(self, value: Tensor) -> None:
         self.__dict__["_keep"] = value
 
+    @property
+    def plain(self) -> bool:
+        """Whether it is one client's, and its objective the plain mean over all entries."""
+        return self.weight is None and "_keep" not in self.__dict__ and len(self.index) == 1
+
     def sum(self, v: Tensor) -> Tensor:
         """Sum over the real examples: ``[C, B]`` to ``[C]``."""
         return v.sum(1) if "_keep" not in self.__dict__ else torch.where(self.keep, v, 0.0).sum(1)

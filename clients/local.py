@@ -70,7 +70,7 @@ class ClientOptions:
     def planned_steps(self, n: int) -> int:
         """Steps of a visit with ``n`` examples."""
         if self.steps is not None:
-            return self.steps
+            return self.steps if n else 0
         assert self.epochs is not None
         size = min(self.batch_size or n, n) or 1
         return self.epochs * (max(n // size, 1) if self.drop_last else -(-n // size)) if n else 0
@@ -132,10 +132,18 @@ class Sent:
 
 @dataclass
 class Stats:
-    """What a visit did: steps, examples seen, and the sum of their losses."""
+    """What a visit did.
+
+    Attributes:
+        steps: Steps made.
+        examples: Examples used, repeats counted.
+        scored: Those of them whose training loss is known.
+        loss: Sum of these losses.
+    """
 
     steps: int = 0
     examples: int = 0
+    scored: int = 0
     loss: float = 0.0
 
 
@@ -200,7 +208,7 @@ class Local:
         for name, row in visit.memory.items():
             space, _, key = name.partition(".")
             if space not in ("stream", "buffers"):
-                self._spaces.setdefault(space, {})[key] = row.unsqueeze(0)
+                self._spaces.setdefault(space, {})[key] = row.unsqueeze(0).to(program.device)
         self._space = "strategy"
         self._hooks = (hooks or program.hooks).bind(self)
         self.half = self._hooks.hooks.outer
@@ -227,7 +235,10 @@ class Local:
 
     def _initialise(self) -> None:
         """First values of memory where the client has none, then its private parameters."""
-        for name, half in (*self._program.recipes, ("strategy", self._program.strategy), ("strategy", self.half)):
+        halves = [*self._program.recipes, ("strategy", self._program.strategy)]
+        if self.half is not self._program.strategy:
+            halves.append(("strategy", self.half))
+        for name, half in halves:
             missing = self._spaces.setdefault(name, {})
             with self.space(name):
                 first = half.memory(self)
@@ -266,18 +277,19 @@ class Local:
     @property
     def y(self) -> Tensor:
         """Labels of all of the client's examples, ``[1, n]``."""
-        return self._program.targets(self._shard.y.index_select(0, self._shard.rows)).unsqueeze(0)
+        y = self._shard.y
+        return self._program.targets(y.index_select(0, self._shard.rows.to(y.device))).unsqueeze(0)
 
     @property
     def lr_sum(self) -> Tensor:
         """Sum of the learning rates of the steps made in this visit, ``[1, 1]``."""
-        return torch.tensor([[self._lr_sum]], dtype=torch.float64)
+        return torch.tensor([[self._lr_sum]], dtype=torch.float64, device=self._program.device)
 
     @property
     def steps(self) -> int:
         """Steps planned for this visit."""
         if self._visit.steps is not None:
-            return self._visit.steps
+            return self._visit.steps if self.n else 0
         if self._visit.epochs is not None:
             return self._visit.epochs * self.steps_per_epoch
         return self.options.planned_steps(self.n)
@@ -292,6 +304,14 @@ class Local:
         """One generator per lane, keyed by (seed, purpose, phase, visit, client, *index)."""
         v = self._visit
         return [random.generator(self._program.seed, purpose, v.phase, v.visit, v.client, *index)]
+
+    def stream_generator(self, purpose: str, *index: int | str) -> list[torch.Generator]:
+        """One generator per lane for the current step, keyed by (seed, purpose, stream, client, step, *index).
+
+        Unlike `generator` it does not know the visit: R rounds of E epochs draw what one round of R * E epochs draws.
+        """
+        key = ("stream", self._stream_name, self._visit.client, self.step)
+        return [random.generator(self._program.seed, purpose, *key, *index)]
 
     def permutation(self, epoch: int) -> Tensor:
         """A random order of the client's examples for one epoch of the current stream, ``[1, n]``."""
@@ -323,24 +343,37 @@ class Local:
         """The gradient of the local objective at ``at``, ``[1, d]``.
 
         Within a step it uses that step's minibatch and dropout, however often it is called; elsewhere a
-        ``batch`` is needed. The result stays valid until the step ends.
+        ``batch`` is needed, and the network is in evaluation mode. The result stays valid until the step ends.
 
         Args:
             at: The point, ``[1, d]``.
             batch: Other examples.
             half: Other objective: the half whose ``loss`` is meant.
         """
+        if self._batch is not None:
+            return self._grad(at, batch, half)
+        if batch is None:
+            raise ClientError("local.grad needs a batch when it is called outside of a step")
+        network = self._program.network
+        mode = network.mode
+        network.train(False)
+        try:
+            with torch.enable_grad():
+                return self._grad(at, batch, half)
+        finally:
+            network.train(*mode)
+
+    def _grad(self, at: Tensor, batch: Batch | None, half: ClientHalf | None) -> Tensor:
         program, network = self._program, self._program.network
         step_batch = batch is None
         if batch is None:
-            if self._batch is None:
-                raise ClientError("local.grad needs a batch when it is called outside of a step")
+            assert self._batch is not None
             batch = self._batch
         if self._rng:
             self._seed_step()
         hooks = self._hooks if half is None else program.phase_hooks(half).bind(self)
         at = at.contiguous()
-        if hooks.plain_loss and batch.weight is None and batch.x.shape[0] == 1:
+        if hooks.plain_loss and batch.plain:
             # The task's own objective in one kernel; the bits of the gradient are those of the general way.
             network.bind(at)
             objective = mean_task_loss(network.module(batch.x[0]), batch.y[0])
@@ -362,6 +395,12 @@ class Local:
         torch.default_generator.manual_seed(seed)
         if self._program.device.type == "cuda":
             torch.cuda.manual_seed(seed)
+
+    def _rng_state(self) -> Tensor:
+        """Where the generators stand that layers such as dropout draw from."""
+        state = torch.default_generator.get_state()
+        device = self._program.device
+        return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
 
     # --- batches -------------------------------------------------------------------------------------
 
@@ -479,7 +518,8 @@ class Local:
         self._stream_name = stream or self.phase
         self._stream = s = self._open(self._stream_name)
         try:
-            return self._train(w.clone(memory_format=torch.contiguous_format), s, epochs, steps, self._still(only))
+            with torch.enable_grad():  # `personal` may train, and evaluation has gradients switched off
+                return self._train(w.clone(memory_format=torch.contiguous_format), s, epochs, steps, self._still(only))
         finally:
             self._hooks, self._stream, self._stream_name, self.step, self._batch, self._only = outer
 
@@ -503,11 +543,13 @@ class Local:
         last_epoch = None if epochs is None else s.epoch + epochs
         self._prepare_inputs(self.n if steps is None else steps * min(size or self.n, self.n))
         before = w.clone() if still is not None else None
-        self._losses, first, counts = [], s.steps, []
+        self._losses, first = [], s.steps
+        counts: list[int] = []
+        scored: list[tuple[int, int]] = []
         self._rng = True
         direction: Grad = self.grad
         while (s.steps - first < steps) if steps is not None else (s.epoch < last_epoch):  # type: ignore[operator]
-            self.step, self.lr = s.steps, base_lr
+            self.step, self.lr, self._batch = s.steps, base_lr, None
             if hooks.schedules:
                 plan = hooks.schedule()
                 self.lr = base_lr * float(plan.get("lr", 1.0))
@@ -518,13 +560,13 @@ class Local:
                 self._augment(batch)
             self._batch = hooks.batch(batch) if hooks.plain_batch else batch
             self._used = 0
-            state = torch.default_generator.get_state() if s.steps == first else None
-            if state is not None:
+            state = None
+            if s.steps == first:
                 self._seed_step()
-                state = torch.default_generator.get_state()
+                state = self._rng_state()
             d = direction(w) if hooks.plain_direction else hooks.direction(w, self.grad)
             if state is not None:  # reseeded every step only where something does draw from torch's generator
-                self._rng = not torch.equal(state, torch.default_generator.get_state())
+                self._rng = not torch.equal(state, self._rng_state())
             if options.clip_norm is not None:
                 d = clip(d, options.clip_norm)
             new = self.optimizer(w, d) if hooks.plain_update else hooks.single("update", w, d)
@@ -535,24 +577,28 @@ class Local:
             self._lr_sum += self.lr
             s.steps += 1
             counts.append(index.shape[1])
+            if len(self._losses) > len(scored):
+                scored.append((len(counts), index.shape[1]))
         self._batch = None
-        self._account(counts, first)
+        self._account(counts, scored)
         return w
 
-    def _account(self, counts: list[int], first: int) -> None:
-        if not self._losses:
+    def _account(self, counts: list[int], scored: list[tuple[int, int]]) -> None:
+        """Books the steps; ``scored`` has the number and the examples of those whose loss was computed."""
+        self.stats.steps += len(counts)
+        self.stats.examples += sum(counts)
+        if not scored:
             return
         losses = torch.stack(self._losses).double().cpu()
         if not bool(losses.isfinite().all()):
             bad = int((~losses.isfinite()).nonzero()[0])
             raise ClientError(
-                f"the training loss became {losses[bad].item()} at local step {bad + 1} of {len(losses)} "
+                f"the training loss became {losses[bad].item()} at local step {scored[bad][0]} of {len(counts)} "
                 f"(lr {self.lr:g}); lower client.lr, or bound the step with client.clip_norm"
             )
-        n = torch.tensor(counts[: len(losses)], dtype=torch.float64)
+        n = torch.tensor([size for _, size in scored], dtype=torch.float64)
         self.mean_loss = ((losses * n).sum() / n.sum()).view(1)
-        self.stats.steps += len(counts)
-        self.stats.examples += sum(counts)
+        self.stats.scored += int(n.sum())
         self.stats.loss += float((losses * n).sum())
 
     # --- the end of a visit --------------------------------------------------------------------------

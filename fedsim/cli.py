@@ -8,11 +8,14 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from fedsim.errors import ConfigError, FedsimError, did_you_mean
+from fedsim.errors import ConfigError, FedsimError, RunError, did_you_mean, one_line
 
 if TYPE_CHECKING:
     from fedsim.experiment import Experiment
@@ -27,13 +30,16 @@ fedsim: simulated federated learning
   fedsim partition [key=value ...]  look at a partition     fedsim partition partition.alpha=0.1
   fedsim compare <run> ...          table of several runs   fedsim compare runs/fedavg-digits runs/fedprox-digits
 
-  --dry-run    build everything and print what a run would cost, without training
-  --cfg        print the resolved config
+  --dry-run           build everything and print what a run would cost, without training
+  --cfg               print the resolved config
+  --config-dir <dir>  add config groups of your own: <dir>/strategy/mine.yaml is then strategy=mine
   --help, --version
 
 Overrides are Hydra's: group=option (strategy=scaffold), key=value (client.lr=0.05), several for a sweep with -m.
+A `_target_` may name a class of yours, such as mymodule.MyStrategy of mymodule.py in the current folder.
 Each run has its own directory, runs/<name>/<time>-<hash>/, with metrics.jsonl, summary.json, figures and checkpoints.
 """
+TRACEBACK = "FEDSIM_TRACEBACK"  # set to anything: errors are shown with their traceback
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -45,19 +51,18 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         signal.signal(signal.SIGTERM, _terminate)
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # plug-ins beside the user; last, so that they hide nothing
         _dispatch(args)
         sys.stdout.flush()
-    except FedsimError as exc:
-        _fail(str(exc), exc.status)
-    except KeyboardInterrupt:
-        _fail("interrupted; what was checkpointed is kept (fedsim resume=<run directory>)", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
-    except MemoryError:
-        _fail("out of memory; lower client.batch_size or the number of clients, or use a machine with more", 1)
-    except OSError as exc:
-        _fail(f"{exc.strerror or exc}: {exc.filename}" if exc.filename else str(exc), 1)
+    except (Exception, KeyboardInterrupt) as exc:
+        if os.environ.get(TRACEBACK):
+            raise
+        print(f"fedsim: {line(exc)}", file=sys.stderr, flush=True)
+        raise SystemExit(130 if isinstance(exc, KeyboardInterrupt) else getattr(exc, "status", 1)) from None
     raise SystemExit(0)
 
 
@@ -65,35 +70,105 @@ def _terminate(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    print(f"fedsim: {' '.join(message.split())}", file=sys.stderr, flush=True)
-    raise SystemExit(status)
+def line(exc: BaseException) -> str:
+    """An error as one line: what happened, and the notes that were added on its way up."""
+    if isinstance(exc, FedsimError):
+        text = str(exc)
+    elif isinstance(exc, KeyboardInterrupt):
+        text = "interrupted"
+    elif isinstance(exc, MemoryError):
+        text = "out of memory; lower client.batch_size or the number of clients, or use a machine with more"
+    elif isinstance(exc, OSError):
+        text = f"{exc.strerror or exc}: {exc.filename}" if exc.filename else str(exc)
+    else:
+        frame = traceback.extract_tb(exc.__traceback__)[-1]
+        place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
+        text = f"{one_line(exc)} ({place}); with {TRACEBACK}=1 in the environment the traceback is shown"
+    return " ".join("; ".join([text, *getattr(exc, "__notes__", ())]).split())
 
 
 def _dispatch(args: list[str]) -> None:
-    if not args or args[0] not in COMMANDS:
-        words = [a for a in args if "=" not in a and not a.startswith(("-", "~", "+"))]
-        if "-h" in args or "--help" in args or words == ["help"]:
-            print(HELP, end="")
-        elif "--version" in args:
-            _version()
-        elif words:
-            raise ConfigError(f"unknown command '{words[0]}'{did_you_mean(words[0], COMMANDS)}; see fedsim --help")
+    command = args[0] if args and args[0] in COMMANDS else None
+    if "-h" in args or "--help" in args or args == ["help"]:
+        print(COMMANDS[command][1] if command else HELP, end="")
+    elif "--version" in args:
+        _version()
+    elif command:
+        COMMANDS[command][0](args[1:])
+    else:
+        _run(args)
+
+
+@dataclass(frozen=True)
+class Request:
+    """Arguments, sorted.
+
+    Attributes:
+        flags: Options without a value.
+        rest: What is no option.
+        config_dir: The value of ``--config-dir``.
+    """
+
+    flags: set[str]
+    rest: list[str]
+    config_dir: Path | None
+
+
+def _request(args: Sequence[str], *known: str) -> Request:
+    """Sorts arguments.
+
+    Raises:
+        ConfigError: An option is unknown.
+    """
+    from fedsim.config import SCHEMA
+
+    flags, rest, folder, waiting = set(), [], None, iter(args)
+    for arg in waiting:
+        name, equals, value = arg.partition("=")
+        if name == "--config-dir" and name in known:
+            folder = Path(value if equals else next(waiting, "")).expanduser()
+        elif arg in known:
+            flags.add(arg)
+        elif arg.startswith("-"):
+            bare = name.lstrip("-")
+            hint = (
+                f": write {bare}={value or '...'}, without dashes"
+                if equals or bare in SCHEMA
+                else did_you_mean(arg, known)
+            )
+            raise ConfigError(f"unknown option '{arg}'{hint}; see fedsim --help")
         else:
-            _run(args)
-        return
-    if "-h" in args or "--help" in args:
-        print(COMMANDS[args[0]].__doc__)
-        return
-    COMMANDS[args[0]](args[1:])
+            rest.append(arg)
+    if folder is not None:
+        from fedsim.compose import check_config_dir
+
+        check_config_dir(folder)
+    return Request(flags, rest, folder)
 
 
-def _flags(args: list[str], *known: str) -> tuple[set[str], list[str]]:
-    flags = {a for a in args if a.startswith("-")}
-    for flag in flags:
-        if flag not in known:
-            raise ConfigError(f"unknown option '{flag}'{did_you_mean(flag, known)}; see fedsim --help")
-    return flags, [a for a in args if a not in flags]
+def _overrides(args: Sequence[str], *known: str) -> Request:
+    """Sorts arguments of which all but the options are overrides.
+
+    Raises:
+        ConfigError: One is not; says what was perhaps meant.
+    """
+    from fedsim.config import GROUPS, SCHEMA, options
+
+    request = _request(args, *known)
+    for word in request.rest:
+        if "=" in word or word.startswith("~"):
+            continue
+        owner = next((group for group in GROUPS if word in options(group)), None)
+        if word in COMMANDS:
+            hint = f"the command comes first, as in fedsim {word}"
+        elif word in GROUPS or word in SCHEMA:
+            hint = f"it needs a value: {word}=..., without spaces around the '='"
+        elif owner:
+            hint = f"write {owner}={word}"
+        else:
+            hint = f"a run takes key=value; other commands are {', '.join(COMMANDS)}{did_you_mean(word, COMMANDS)}"
+        raise ConfigError(f"cannot use the argument '{word}': {hint}; see fedsim --help")
+    return request
 
 
 def _version() -> None:
@@ -109,18 +184,18 @@ def _version() -> None:
 
 
 def _run(args: list[str]) -> None:
-    flags, overrides = _flags(args, "-m", "--multirun", "--dry-run", "--cfg")
-    if flags & {"-m", "--multirun"}:
-        if len(flags) > 1:
+    request = _overrides(args, "-m", "--multirun", "--dry-run", "--cfg", "--config-dir")
+    if request.flags & {"-m", "--multirun"}:
+        if len(request.flags) > 1:
             raise ConfigError("a sweep (-m) takes neither --dry-run nor --cfg; try them on one of its runs")
-        _sweep(overrides)
+        _sweep(request)
         return
-    exp, resume = _build(overrides)
-    if "--cfg" in flags:
-        from fedsim import config
+    exp, resume = _plan(request)
+    if "--cfg" in request.flags:
+        from fedsim.config import dump
 
-        print(config.dump(exp.config), end="")
-    elif "--dry-run" in flags:
+        print(dump(exp.config), end="")
+    elif "--dry-run" in request.flags:
         from fedsim.cost import report
 
         print(report(exp))
@@ -130,62 +205,62 @@ def _run(args: list[str]) -> None:
         execute(exp, resume)
 
 
-def _build(overrides: list[str]) -> tuple[Experiment, Path | None]:
-    from fedsim import config
+def _plan(request: Request) -> tuple[Experiment, Path | None]:
+    from fedsim.compose import requested
+    from fedsim.config import check
 
-    if any(o.startswith("resume=") and o not in ("resume=null", "resume=") for o in overrides):
-        tree, run = config.resume_config(overrides)
-        from fedsim.experiment import build
-
-        return build(tree), run
-    tree = config.compose(overrides)
-    config.check(tree)  # before torch is imported: a typing error shows at once
+    if given := [o for o in request.rest if o.lstrip("+~").startswith("hydra")]:
+        raise ConfigError(f"{given[0]} has no effect without -m: hydra.* says how a sweep runs; remove it")
+    config, run = requested(request.rest, request.config_dir)
+    check(config)  # before torch is imported: a slip shows at once
     from fedsim.experiment import build
 
-    return build(tree, overrides), None
+    return build(config, request.rest), run
 
 
-def _sweep(overrides: list[str]) -> None:
+def _sweep(request: Request) -> None:
     """Every combination, one run directory each, through Hydra's sweeper and launcher."""
     import hydra
-    from hydra.errors import HydraException
-    from omegaconf import DictConfig, OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
 
-    from fedsim import config
+    from fedsim.compose import explain, prepare, resolve, search_path
 
+    if any(o.lstrip("+").startswith("resume=") for o in request.rest):
+        raise ConfigError("a sweep (-m) makes new runs; go on with one run at a time, without -m")
     failed: list[str] = []
 
-    def job(tree: DictConfig) -> float | None:
+    def job(tree: Any) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
         from fedsim.experiment import build
         from fedsim.run import execute
 
-        task = " ".join(HydraConfig.get().overrides.task)
-        print(f"\n[{HydraConfig.get().job.num}] {task}", flush=True)
+        task = list(HydraConfig.get().overrides.task)
+        name = f"[{HydraConfig.get().job.num}] {' '.join(task)}"
+        print(f"\n{name}", flush=True)
         try:
-            plain = config.to_config(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
-            final = execute(build(plain, list(HydraConfig.get().overrides.task))).summary["final"]
-        except FedsimError as exc:
+            final = execute(build(resolve(tree), task)).summary["final"]
+        except BrokenPipeError:
+            raise
+        except Exception as exc:
             # The other jobs are worth having; a sweeper that optimises must hear of it, so nothing is returned.
-            failed.append(f"[{HydraConfig.get().job.num}] {task}: {exc}")
-            print(f"fedsim: {' '.join(str(exc).split())}", file=sys.stderr, flush=True)
+            print(f"fedsim: {name}: {line(exc)}", file=sys.stderr, flush=True)
+            failed.append(name)
             return None
         return float(final.get("validation_accuracy", final.get("test_accuracy", final["test_loss"])))
 
-    before = sys.argv
-    sys.argv = [before[0], "-m", *overrides]
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
-    try:
-        hydra.main(version_base="1.3", config_path="pkg://fedsim.conf", config_name="config")(job)()
-    except (HydraException, OmegaConfBaseException) as exc:
-        raise ConfigError(config.explain(exc)) from exc
-    finally:
-        sys.argv = before
+    overrides, before = prepare(request.rest), sys.argv
+    with TemporaryDirectory() as scratch:  # Hydra's own files; ours are in the run directories
+        sys.argv = [before[0], "-m", f"hydra.sweep.dir={scratch}", *overrides, *search_path(request.config_dir)]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
+        try:
+            hydra.main(version_base="1.3", config_path="pkg://fedsim.conf", config_name="config")(job)()
+        except OSError:
+            raise
+        except Exception as exc:
+            raise ConfigError(explain(exc, overrides, request.config_dir, sweep=True)) from exc
+        finally:
+            sys.argv = before
     if failed:
-        from fedsim.errors import RunError
-
         raise RunError(f"{len(failed)} jobs of the sweep failed: {'; '.join(failed)}")
 
 
@@ -193,36 +268,32 @@ def _sweep(overrides: list[str]) -> None:
 
 
 def _list(args: list[str]) -> None:
-    """Fedsim list [group]: the config groups with their options, or the options of one group with their first lines."""
-    from fedsim import config
+    from fedsim.config import CONF, GROUPS, options
 
-    _, words = _flags(args)
+    request = _request(args, "--config-dir")
+    words, folders = request.rest, (CONF, request.config_dir)
     if not words:
-        for group in config.GROUPS:
-            print(f"{group:14} {', '.join(config.list_options(group)) or '(none yet)'}")
+        for group in GROUPS:
+            print(f"{group:14} {', '.join(options(group, folders)) or '(none yet)'}")
         print("\nfedsim list <group> says more; fedsim --cfg prints every key with its value")
         return
-    if len(words) > 1:
-        raise ConfigError(f"fedsim list takes one group, got {' '.join(words)}")
-    if words[0] not in config.GROUPS:
+    if len(words) > 1 or words[0] not in GROUPS:
         raise ConfigError(
-            f"unknown group '{words[0]}'{did_you_mean(words[0], config.GROUPS)}; groups: {', '.join(config.GROUPS)}"
+            f"fedsim list takes one group, got '{' '.join(words)}'{did_you_mean(words[0], GROUPS)}; "
+            f"groups: {', '.join(GROUPS)}"
         )
-    for option in config.list_options(words[0]):
-        lines = (config.CONF / words[0] / f"{option}.yaml").read_text(encoding="utf-8").splitlines()
+    for option, path in options(words[0], folders).items():
+        lines = path.read_text(encoding="utf-8").splitlines()
         about = next((x[1:].strip() for x in lines if x.startswith("#") and "@package" not in x), "")
         print(f"{option:20} {about}")
 
 
 def _partition(args: list[str]) -> None:
-    """Fedsim partition [key=value ...]: statistics and pictures of a partition, without training.
-
-    Takes the overrides of a run: fedsim partition data=mnist partition=dirichlet partition.alpha=0.1
-    The pictures go to partition/ under `run_dir`."""
-    _, overrides = _flags(args)
-    exp, _ = _build(overrides)
+    exp, _ = _plan(_overrides(args, "--config-dir"))
     if exp.partition is None:
-        raise ConfigError(f"data={exp.program.dataset.name} brings its own clients: there is no partition to look at")
+        raise ConfigError(
+            f"data={exp.program.dataset.name} brings its own clients, so there is no partition to look at"
+        )
     from fedsim.report.partition import plot_bubbles, plot_heatmap, statistics
     from fedsim.report.text import align
 
@@ -248,20 +319,46 @@ def _partition(args: list[str]) -> None:
 
 
 def _compare(args: list[str]) -> None:
-    """Fedsim compare <run> ...: a table of runs; runs that differ by seed alone become mean ± std.
-
-    A run is a run directory, or a folder with run directories in it."""
-    _, words = _flags(args)
-    if not words:
+    runs = _request(args).rest
+    if not runs:
         raise ConfigError(
             "fedsim compare needs run directories, such as fedsim compare runs/fedavg-digits runs/fedprox-digits"
         )
     from fedsim.report.compare import compare
 
-    compare([Path(w) for w in words]).show()
+    compare([Path(run) for run in runs]).show()
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {"list": _list, "partition": _partition, "compare": _compare}
+#: What each command does, and its help.
+COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
+    "list": (
+        _list,
+        """\
+fedsim list [group]: the config groups with their options, or the options of one group with their first lines
+
+  --config-dir <dir>  with config groups of your own
+""",
+    ),
+    "partition": (
+        _partition,
+        """\
+fedsim partition [key=value ...]: statistics and pictures of a partition, without training
+
+Takes the overrides of a run: fedsim partition data=mnist partition=dirichlet partition.alpha=0.1
+The pictures go to partition/ under `run_dir`.
+
+  --config-dir <dir>  with config groups of your own
+""",
+    ),
+    "compare": (
+        _compare,
+        """\
+fedsim compare <run> ...: a table of runs; runs that differ by seed alone become mean ± std
+
+A run is a run directory, or a folder with run directories in it.
+""",
+    ),
+}
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from typing import Any
 
 from fedsim.config import CONF, GROUPS, LISTS, OPEN, RESUMABLE, Config, check, keys, load, options, shown
 from fedsim.errors import ConfigError, did_you_mean
+from fedsim.rundir import RunDir
 
 
 def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
@@ -25,14 +26,28 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
     Raises:
         ConfigError: An override is malformed, or names a key or an option that does not exist.
     """
-    from omegaconf import OmegaConf
-
-    overrides = [plain(o) for o in overrides]
+    overrides = prepare(overrides)
     try:
         tree = _hydra_compose(overrides, config_dir)
-        return to_config(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
     except Exception as exc:  # Hydra's, OmegaConf's and YAML's errors, and ValueError for a group set to a number
         raise ConfigError(explain(exc, overrides, config_dir)) from exc
+    return resolve(tree)
+
+
+def requested(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[Config, Path | None]:
+    """What a command line asks for: a config, and the run directory to go on with, if any.
+
+    Raises:
+        ConfigError: As `compose` and `resume_config`.
+    """
+    if any(o.startswith("resume=") and o not in ("resume=null", "resume=") for o in overrides):
+        return resume_config(overrides, config_dir)
+    config = compose(overrides, config_dir)
+    if config.get("resume") is not None:
+        raise ConfigError(
+            f"write resume={config['resume']} on the command line, as it stands; not in a config or a sweep"
+        )
+    return config, None
 
 
 def _hydra_compose(overrides: Sequence[str], config_dir: Path | None, whole: bool = False) -> Any:
@@ -50,19 +65,43 @@ def _hydra_compose(overrides: Sequence[str], config_dir: Path | None, whole: boo
         restore_gh_from_backup(before)
 
 
-def to_config(tree: Any) -> Config:
-    """A plain config from Hydra's, without what is Hydra's own."""
+def resolve(tree: Any) -> Config:
+    """A plain config from a composed tree.
+
+    Raises:
+        ConfigError: A value is missing, or refers to one that does not exist.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return _plain_config(OmegaConf.to_container(tree, resolve=True, throw_on_missing=True))
+    except OmegaConfBaseException as exc:
+        raise ConfigError(_text(exc)) from exc
+
+
+def _plain_config(tree: Any) -> Config:
+    """Without what is Hydra's own; groups of which nothing is chosen are absent or null, and become empty."""
     config = {str(k): v for k, v in tree.items() if k not in ("hydra", "experiment")}
-    for group in LISTS:  # absent or null when nothing is chosen
+    for group in LISTS:
         config[group] = config.get(group) or {}
     return config
 
 
-def plain(override: str) -> str:
-    """Quotes text that Hydra's grammar has no place for, such as letters with accents; anything structured is left."""
-    key, _, value = override.partition("=")
-    odd = re.search(r"[^\w/\-+.%*@:?| ]", value, re.ASCII) and not re.search(r"[,'\"\[\]{}()$\\]", value)
-    return f"{key}='{value}'" if odd else override
+def prepare(overrides: Sequence[str]) -> list[str]:
+    """Quotes text that Hydra's grammar has no place for, such as letters with accents; anything structured is left.
+
+    Raises:
+        ConfigError: Several options are given for a group that takes one: Hydra would mix them.
+    """
+    out = []
+    for override in overrides:
+        key, _, value = override.partition("=")
+        if key in GROUPS and key not in LISTS and value.lstrip().startswith("["):
+            raise ConfigError(f"{key} takes one option, got {value}; for a sweep over several write {key}=a,b with -m")
+        odd = re.search(r"[^\w/\-+.%*@:?| ]", value, re.ASCII) and not re.search(r"[,'\"\[\]{}()$\\]", value)
+        out.append(f"{key}='{value}'" if odd else override)
+    return out
 
 
 # --- a user's own config groups ---------------------------------------------------------------------------
@@ -108,14 +147,12 @@ def resume_config(overrides: Sequence[str], config_dir: Path | None = None) -> t
         ConfigError: It is no run directory, or another override would change results.
     """
     run = Path(next(o for o in overrides if o.startswith("resume="))[len("resume=") :].strip("'\"")).expanduser()
-    if not run.is_dir():
-        raise ConfigError(f"resume={run} is no directory; give a run directory, such as runs/<name>/<timestamp>-<hash>")
-    saved = load(run / "config.yaml")
+    saved = load(RunDir.open(run).config)
     try:
         check(saved)
     except ConfigError as exc:
         raise ConfigError(f"{run / 'config.yaml'} is damaged ({exc}); restore it from a copy") from exc
-    texts = [plain(o) for o in overrides if not o.startswith("resume=")]
+    texts = prepare([o for o in overrides if not o.startswith("resume=")])
     chosen = []
     for text, o in zip(texts, _parse(texts), strict=True):
         if o.key_or_group.split(".")[0] not in RESUMABLE:
@@ -224,8 +261,8 @@ def _parse(overrides: Sequence[str]) -> list[Any]:
             out.append(parser.parse_override(text))
         except HydraException as exc:
             raise ConfigError(
-                f"cannot read the override {text!r}: it must be key=value, such as client.lr=0.1, with matching brackets "
-                "and quotes; text with special characters is quoted twice, such as 'name=\"a, b\"'"
+                f"cannot read the override {text!r}: it must be key=value, such as client.lr=0.1, with matching "
+                "brackets and quotes; text with special characters is quoted twice, such as 'name=\"a, b\"'"
             ) from exc
     return out
 
@@ -242,8 +279,6 @@ def _group_fault(o: Any, value: Any, config_dir: Path | None) -> str | None:
     group, known = o.key_or_group, options(o.key_or_group, [CONF, config_dir])
     if o.is_add() or o.package is not None:
         return f"write {group}={value}, without '+' and '@'; a group's option takes the place of the one before"
-    if isinstance(value, list) and group not in LISTS and not o.is_sweep_override():
-        return f"{group} takes one option, got [{', '.join(map(str, value))}]; for a sweep write {group}=a,b with -m"
     if value is None and group in LISTS:
         return f"for no {group} at all write {group}=[]"
     for name in value if isinstance(value, list) else [value]:
@@ -261,7 +296,7 @@ def _choose(choices: Sequence[str], config_dir: Path | None) -> tuple[Config, di
     from omegaconf import OmegaConf
 
     tree: Any = OmegaConf.to_container(_hydra_compose(choices, config_dir, whole=True))
-    return to_config(tree), {g: o for g, o in tree["hydra"]["runtime"]["choices"].items() if isinstance(o, str)}
+    return _plain_config(tree), {g: o for g, o in tree["hydra"]["runtime"]["choices"].items() if isinstance(o, str)}
 
 
 def unknown_key(
@@ -277,29 +312,36 @@ def unknown_key(
     """
     here = [k for k in keys(config) if not k.endswith("_target_")]
     others = {k: o for k, o in _keys_of_options(config_dir).items() if k not in here and not k.endswith("_target_")}
-    group = key.split(".")[0]
+    group, parent = key.split(".")[0], key.rpartition(".")[0]
     if key in others:
         now = f"; this run has {group}={chosen[group]}" if chosen and group in chosen else ""
-        return f"unknown key '{key}': it belongs to {' and '.join(others[key])}{now}"
-    near = _nearest(key, here, list(others))
+        return f"unknown key '{key}': it belongs to {_some(others[key])}{now}"
+    beside = [k for k in here if k.rpartition(".")[0] == parent and parent]
+    known = (
+        f"{parent} has: {', '.join(k.rpartition('.')[2] for k in beside)}" if beside else "fedsim --cfg prints all keys"
+    )
+    near = _nearest(key, [k for k in here if k != parent], list(others))
     if near is not None:
-        of = "" if near in here else f" of {' or '.join(others[near])}"
-        return f"unknown key '{key}' (did you mean '{near}'{of}?); fedsim --cfg prints all keys"
-    more = f" (a field that {group}'s class has and its config file lacks: +{key}=...)" if group in OPEN else ""
-    return f"unknown key '{key}'; fedsim --cfg prints all keys{more}"
+        of = "" if near in here else f" of {_some(others[near])}"
+        return f"unknown key '{key}' (did you mean '{near}'{of}?); {known}"
+    more = f" (a field that its class has and its config file lacks: +{key}=...)" if beside and group in OPEN else ""
+    return f"unknown key '{key}'; {known}{more}"
+
+
+def _some(names: Sequence[str]) -> str:
+    return " or ".join(names[:3]) + (f" or {len(names) - 3} others" if len(names) > 3 else "")
 
 
 def _nearest(key: str, here: Sequence[str], others: Sequence[str]) -> str | None:
-    """The key that was meant: one with the same last part, or else the most similar one."""
+    """The key that was meant: the one whose last part is most similar; of several, the most similar as a whole."""
     last = re.split(r"[./]", key)[-1].lower()
     synonym = get_close_matches(last, SYNONYMS, 1, 0.85)
     meant = SYNONYMS[synonym[0]] if synonym else last
-    for pool in (here, others):
-        if same := [k for k in pool if k.rpartition(".")[2] == meant]:
+    near = get_close_matches(meant, sorted({k.rpartition(".")[2] for k in (*here, *others)}), 1, 0.6)
+    for pool in (here, others) if near else ():
+        if same := [k for k in pool if k.rpartition(".")[2] == near[0]]:
             return get_close_matches(key, same, 1, 0.0)[0]
-    by_last = {k.rpartition(".")[2]: k for k in (*others, *here)}
-    near = get_close_matches(key, [*here, *others], 1, 0.75) or get_close_matches(last, by_last, 1, 0.75)
-    return by_last.get(near[0], near[0]) if near else None
+    return None
 
 
 def _keys_of_options(config_dir: Path | None) -> dict[str, list[str]]:
@@ -321,5 +363,5 @@ def _text(error: Exception) -> str:
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value yet; set it: {error.full_key}=..."
     if isinstance(error, OmegaConfBaseException) and error.full_key:
-        return f"{error.full_key}: {' '.join(str(error.msg).split())}"
+        return f"{error.full_key}: {' '.join(str(error.msg).split()).split(' full_key: ')[0]}"
     return " ".join(str(error).split()).split(" See https")[0]

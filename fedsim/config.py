@@ -51,7 +51,10 @@ def _refuse(key: str, needed: str, got: Any) -> ConfigError:
 
 def shown(value: Any) -> str:
     """A value as a user writes it."""
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
+    words: dict[Any, str] = {None: "null", "": "nothing"}
+    if isinstance(value, bool):
+        return str(value).lower()
+    return words.get(value, repr(value)) if isinstance(value, str | None) else repr(value)
 
 
 def _integer(low: int, null: bool = False) -> Check:
@@ -97,7 +100,8 @@ def _choice(*options: Any) -> Check:
 def _text(null: bool = False) -> Check:
     def check(key: str, value: Any) -> None:
         if not (isinstance(value, str) and value) and not (value is None and null):
-            raise _refuse(key, "text" + (" or null" if null else ""), value)
+            quoted = f" (a number is quoted twice: {key}='\"{value}\"')" if isinstance(value, int | float) else ""
+            raise _refuse(key, f"text{' or null' if null else ''}{quoted}", value)
 
     return check
 
@@ -207,7 +211,7 @@ def check(config: Config) -> None:
     known = {k.split(".")[0] for k in SCHEMA}
     for top, value in config.items():
         if top not in known:
-            raise ConfigError(f"unknown key '{top}'{did_you_mean(top, known)}")
+            raise ConfigError(f"unknown key '{top}'{did_you_mean(top, known)}; known: {', '.join(sorted(known))}")
         fields = [k.split(".", 1)[1] for k in SCHEMA if k.startswith(f"{top}.")]
         if top not in SCHEMA and not isinstance(value, Mapping):
             raise _refuse(top, f"a group with the keys {', '.join(fields)}", value)

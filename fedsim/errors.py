@@ -42,5 +42,10 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     from difflib import get_close_matches
 
-    near = get_close_matches(name, list(known), n=1, cutoff=0.5)
+    near = get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def one_line(error: BaseException) -> str:
+    """``Kind: message`` of an error that is not ours, on one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

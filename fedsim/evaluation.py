@@ -38,17 +38,19 @@ def metrics(score: Score) -> dict[str, Any]:
     return out
 
 
-def spread(values: Sequence[float], prefix: str) -> dict[str, float]:
+def spread(values: Sequence[float], prefix: str, higher_is_better: bool = True) -> dict[str, float]:
     """Mean, standard deviation (of the population) and mean of the worst tenth, by name.
 
     Args:
-        values: One figure per client, higher is better; NaN (a client without examples) is left out.
+        values: One figure per client; NaN (a client without examples) is left out.
         prefix: Of the names: ``<prefix>_mean``, ``<prefix>_std``, ``<prefix>_worst10``.
+        higher_is_better: Of an accuracy; not of a loss.
     """
     v = np.sort(np.asarray([x for x in values if not math.isnan(x)], dtype=np.float64))
     if not len(v):
         return {}
-    worst = v[: max(1, math.ceil(len(v) / 10))]
+    size = max(1, math.ceil(len(v) / 10))
+    worst = v[:size] if higher_is_better else v[-size:]
     return {
         f"{prefix}_mean": float(v.mean()),
         f"{prefix}_std": float(v.std()),

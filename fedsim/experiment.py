@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +16,12 @@ from fedsim import config as conf
 from fedsim import random
 from fedsim.clients.local import ClientOptions
 from fedsim.clients.optimizers import SGD, Adam, AdamW, Optimizer, TorchOptimizer
+from fedsim.compose import requested
 from fedsim.config import Config
 from fedsim.data import Clients, Dataset, Partition, PartitionedClients, Split, hold_out
-from fedsim.errors import ConfigError, FedsimError, did_you_mean
-from fedsim.program import Program
+from fedsim.errors import ConfigError, did_you_mean, one_line
+from fedsim.plugins import instantiate, locate, require_kind
+from fedsim.program import Program, overrides
 from fedsim.strategy import ClientHalf, Info, Strategy
 from fedsim.vector import Layout, trainable
 
@@ -96,11 +97,13 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     conf.check(config)
     config = {**config, "engine": {**config["engine"], "device": _device(config["engine"]["device"])}}
     seed, dtype = config["seed"], getattr(torch, config["precision"])
+    locate({k: v for k, v in config["engine"].items() if k not in ("device", "threads")}, "engine")
     strategy = instantiate(config["strategy"], "strategy")
-    _require(strategy, Strategy, "strategy")
+    if type(strategy).step is Strategy.step and type(strategy).round is Strategy.round:
+        raise ConfigError(
+            f"strategy {_short(config['strategy'])} needs a `step` or a `round`: the server's half of a method"
+        )
     recipes = [(name, instantiate(node, f"recipe.{name}")) for name, node in config["recipe"].items()]
-    for name, recipe in recipes:
-        _require(recipe, ClientHalf, f"recipe.{name}")
     dataset, server, kept = _load_data(config, seed)
     if dataset.clients is not None:
         if given := [k for k in explicit if k.split(".")[0].split("=")[0] == "partition"]:
@@ -109,7 +112,7 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
             )
         config["partition"] = None
     clients, partition = _partition(config, dataset, kept, seed)
-    module = _model(config, dataset, seed, dtype)
+    module = _model(config, dataset, seed, dtype, [strategy, *(recipe for _, recipe in recipes)])
     options = _client_options(config, module)
     program = Program(
         strategy, recipes, module, _on_device(dataset, config), clients, _move(server, config), options, seed
@@ -124,11 +127,12 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     return Experiment(config, program, participation, system, trackers, partition, info)
 
 
-def simulate(overrides: Sequence[str] = ()) -> Result:
+def simulate(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Result:
     """Runs an experiment in this process, like ``fedsim <overrides>``.
 
     Args:
         overrides: Hydra's grammar, such as ``["strategy=fedprox", "rounds=5"]``.
+        config_dir: A folder with config groups of your own, such as ``myconf`` for ``myconf/strategy/mine.yaml``.
 
     Returns:
         Final parameters, metrics and summary.
@@ -138,11 +142,8 @@ def simulate(overrides: Sequence[str] = ()) -> Result:
     """
     from fedsim.run import execute
 
-    overrides = list(overrides)
-    if any(o.startswith("resume=") and o not in ("resume=null", "resume=") for o in overrides):
-        config, run = conf.resume_config(overrides)
-        return execute(build(config), run)
-    return execute(build(conf.compose(overrides), overrides))
+    config, run = requested(overrides, None if config_dir is None else Path(config_dir))
+    return execute(build(config, overrides), run)
 
 
 # --- data -------------------------------------------------------------------------------------------------
@@ -215,24 +216,23 @@ def _device(name: str) -> str:
 # --- model and client -------------------------------------------------------------------------------------
 
 
-def _model(config: Config, dataset: Dataset, seed: int, dtype: torch.dtype) -> nn.Module:
+def _model(config: Config, dataset: Dataset, seed: int, dtype: torch.dtype, halves: Sequence[ClientHalf]) -> nn.Module:
     example = (dataset.clients.train(0).x if dataset.clients is not None else dataset.train.x)[:2]
     outputs = dataset.num_classes or (1 if dataset.train.y.dim() < 2 else dataset.train.y.shape[1])
     node = {k: v for k, v in config["model"].items() if k != "weights"}
     facts = {"input_shape": tuple(example.shape[1:]), "num_classes": outputs}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(random.derive(seed, "model"))
-        module = instantiate(node, "model", facts)
-        _require(module, nn.Module, "model")
-        module = module.to(config["engine"]["device"], dtype)
-        _check_outputs(module, example, dataset, config)
+        module: nn.Module = instantiate(node, "model", facts).to(config["engine"]["device"], dtype)
+        Layout.of(module)  # there must be something to train
+        _check_outputs(module, example, dataset, config, any(overrides(half, "loss") for half in halves))
     if config["model"]["weights"] is not None:
         _load_weights(module, Path(config["model"]["weights"]))
-    return module  # type: ignore[no-any-return]
+    return module
 
 
-def _check_outputs(module: nn.Module, example: Tensor, dataset: Dataset, config: Config) -> None:
-    """One forward pass of two examples: the model takes the data, and a tensor output fits the classes."""
+def _check_outputs(module: nn.Module, example: Tensor, dataset: Dataset, config: Config, own_loss: bool) -> None:
+    """One forward pass of two examples: the model takes the data, and its output fits the loss."""
     dtype = next(module.parameters()).dtype
     x = example.to(
         config["engine"]["device"], dtype if example.dtype == torch.uint8 or example.is_floating_point() else None
@@ -243,12 +243,17 @@ def _check_outputs(module: nn.Module, example: Tensor, dataset: Dataset, config:
         with torch.no_grad():
             out = module.eval()(x)
     except Exception as exc:
-        first = " ".join(str(exc).split())[:200]
         raise ConfigError(
-            f"model {name} cannot take inputs of shape {tuple(example.shape[1:])} ({dataset.name}): {first}"
+            f"model {name} cannot take inputs of shape {tuple(example.shape[1:])} ({dataset.name}): {one_line(exc)}; "
+            "choose another model, or other data"
         ) from exc
     finally:
         module.train(was)
+    if not isinstance(out, Tensor) and not own_loss:
+        raise ConfigError(
+            f"model {name} returns a {type(out).__name__}, not a tensor, and neither the strategy nor a recipe has a "
+            "`loss` for that; return a tensor"
+        )
     if dataset.num_classes and isinstance(out, Tensor) and tuple(out.shape) != (len(x), dataset.num_classes):
         raise ConfigError(
             f"model {name} returns shape {tuple(out.shape[1:])} per example, but {dataset.name} has "
@@ -263,16 +268,19 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     try:
         tensors = load_file(path)
     except FileNotFoundError as exc:
-        raise ConfigError(f"model.weights={path}: no such file") from exc
+        raise ConfigError(f"model.weights={path} does not exist; give a .safetensors file, or null") from exc
     except (OSError, SafetensorError) as exc:
-        raise ConfigError(f"model.weights={path} is not a readable .safetensors file ({exc})") from exc
+        raise ConfigError(
+            f"model.weights={path} is no readable .safetensors file ({exc}); give one, or null"
+        ) from exc
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, t in trainable(module).items():
         if name not in tensors:
             raise ConfigError(f"model.weights={path} has no tensor '{name}'{did_you_mean(name, tensors)}")
         if tensors[name].shape != t.shape:
             raise ConfigError(
-                f"model.weights={path}: '{name}' has shape {tuple(tensors[name].shape)}, the model's is {tuple(t.shape)}"
+                f"model.weights={path}: '{name}' has shape {tuple(tensors[name].shape)}, but the model needs "
+                f"{tuple(t.shape)}; take the weights of such a model"
             )
     for name in tensors:
         if name not in named:
@@ -280,16 +288,24 @@ def _load_weights(module: nn.Module, path: Path) -> None:
                 f"model.weights={path} has a tensor '{name}' that the model lacks{did_you_mean(name, named)}"
             )
     with torch.no_grad():
-        for name, t in tensors.items():
-            named[name].copy_(t)
+        for name, saved in tensors.items():
+            named[name].copy_(saved)
 
 
 def _client_options(config: Config, module: nn.Module) -> ClientOptions:
     c = dict(config["client"])
     optimizer: Optimizer
     if isinstance(c["optimizer"], Mapping):
-        factory = instantiate({"_partial_": True, **c["optimizer"]}, "client.optimizer")
-        optimizer = TorchOptimizer(factory, list(Layout.of(module).shapes.values()))
+        factory = instantiate({**c["optimizer"], "_partial_": True}, "client.optimizer")
+        shapes = list(Layout.of(module).shapes.values())
+        optimizer = TorchOptimizer(factory, shapes)
+        try:
+            tried = factory([torch.zeros(shape, requires_grad=True) for shape in shapes], lr=c["lr"])
+        except Exception as exc:
+            raise ConfigError(
+                f"client.optimizer ({c['optimizer']['_target_']}) cannot be built: {one_line(exc)}"
+            ) from exc
+        require_kind(tried, torch.optim.Optimizer, "client.optimizer._target_")
     elif c["optimizer"] == "sgd":
         optimizer = SGD(momentum=c["momentum"], nesterov=c["nesterov"], weight_decay=c["weight_decay"])
     else:
@@ -299,59 +315,7 @@ def _client_options(config: Config, module: nn.Module) -> ClientOptions:
     return ClientOptions(optimizer, augment=tuple(config["data"]["augment"]), **own)
 
 
-# --- plug-ins ---------------------------------------------------------------------------------------------
-
-
-def instantiate(node: Mapping[str, Any], key: str, facts: Mapping[str, Any] | None = None) -> Any:
-    """Builds the object that a config node describes (Hydra's ``_target_``).
-
-    Args:
-        node: ``_target_`` and keyword arguments.
-        key: Where it stands in the config, for messages.
-        facts: Further arguments, passed if the target takes them and the node does not give them.
-
-    Raises:
-        ConfigError: The target cannot be imported, or refuses its arguments.
-    """
-    from hydra.errors import InstantiationException
-    from hydra.utils import get_object
-    from hydra.utils import instantiate as hydra_instantiate
-
-    target = node["_target_"]
-    try:
-        kind = get_object(target)
-    except Exception as exc:
-        raise ConfigError(f"{key}._target_={target} cannot be imported: {' '.join(str(exc).split())[:300]}") from exc
-    if not callable(kind):
-        raise ConfigError(f"{key}._target_={target} is a {type(kind).__name__}, not a class or a function")
-    try:
-        parameters = inspect.signature(kind).parameters
-    except (TypeError, ValueError):
-        parameters = {}  # type: ignore[assignment]
-    any_name = not parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-    for name in node:
-        if not name.startswith("_") and not any_name and name not in parameters:
-            known = [n for n in parameters if n != "self"]
-            raise ConfigError(
-                f"unknown key '{key}.{name}'{did_you_mean(name, known)}; {target} takes: {', '.join(known) or 'nothing'}"
-            )
-    extra = {n: v for n, v in (facts or {}).items() if n not in node and (n in parameters or (any_name and parameters))}
-    try:
-        return hydra_instantiate(dict(node), **extra, _convert_="all")
-    except InstantiationException as exc:
-        cause: BaseException = exc
-        while cause.__cause__ is not None and not isinstance(cause, FedsimError):
-            cause = cause.__cause__
-        if isinstance(cause, FedsimError):
-            raise cause from exc
-        raise ConfigError(f"{key} ({target}) cannot be built: {' '.join(str(cause).split())[:300]}") from exc
-
-
-def _require(thing: object, kind: type, key: str) -> None:
-    if not isinstance(thing, kind):
-        raise ConfigError(
-            f"{key}._target_ must make a {kind.__module__}.{kind.__qualname__}, got a {type(thing).__name__}"
-        )
+# --- for people -------------------------------------------------------------------------------------------
 
 
 def _short(node: Mapping[str, Any]) -> str:

@@ -42,8 +42,9 @@ class Round:
         failures: Visits that failed and were not repeated with success.
         steps: Local steps.
         examples: Examples processed, repeats counted.
-        loss: Sum over those examples of the training loss, phase ``train`` only.
-        trained: Number of those examples.
+        loss: Sum of training losses, phase ``train`` only.
+        trained: Number of examples that they are the losses of.
+        who: Clients that took part, the server left out.
     """
 
     bytes_down: int = 0
@@ -54,6 +55,7 @@ class Round:
     examples: int = 0
     loss: float = 0.0
     trained: int = 0
+    who: set[int] = field(default_factory=set)
 
 
 @dataclass(frozen=True)
@@ -506,12 +508,13 @@ class Federation:
         done.bytes_down += sum(piece.down)
         done.bytes_up += sum(outcome.bytes_up)
         done.clients += sum(c != SERVER for c in task.clients)
+        done.who.update(c for c in task.clients if c != SERVER)
         done.steps += sum(outcome.steps)
         done.examples += sum(outcome.examples)
         if task.phase == "train":
             # Client by client: the sum must not depend on how the cohort was cut.
-            for examples, loss in zip(outcome.examples, outcome.losses, strict=True):
-                done.trained += examples
+            for scored, loss in zip(outcome.scored, outcome.losses, strict=True):
+                done.trained += scored
                 done.loss += loss
         visits = zip(task.clients, outcome.steps, piece.down, outcome.bytes_up, strict=True)
         times = [self.system.duration_ns(c, self.round_num, *cost, self.seed) for c, *cost in visits if c != SERVER]

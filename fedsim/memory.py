@@ -13,9 +13,10 @@ SHA-256.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -163,14 +164,16 @@ class Memory:
         return out
 
     def _read(self, number: int, wanted: Sequence[int] | None = None) -> dict[int, Packed]:
-        """Rows of a segment: those of some of its clients, or all that are not outdated."""
+        """Rows of a segment: those of some of its clients, or all that are newest."""
         path = self._folder / self._segments[number].name
         try:
             with safe_open(path, "np") as f:
                 schemas = [self._schema(_schema_from(s)) for s in json.loads(f.metadata()["schemas"])]
                 clients, kinds, offsets = (f.get_tensor(name) for name in ("clients", "kinds", "offsets"))
                 if wanted is None:
-                    places = [i for i, c in enumerate(clients.tolist()) if self._where[c] == number]
+                    places = [
+                        i for i, c in enumerate(clients.tolist()) if self._where[c] == number and c not in self._dirty
+                    ]
                 else:
                     places = np.searchsorted(clients, wanted).tolist()
                     assert clients[places].tolist() == list(wanted)
@@ -218,43 +221,40 @@ class Memory:
                     self._retired.add(self._segments.pop(old).name)
             self._where[client] = number
 
-    def _write_dirty(self) -> None:
-        self._write((client, self._rows[client]) for client in sorted(self._dirty))
+    def _write_dirty(self, moving: Sequence[int] = ()) -> None:
+        """Appends the rows that changed, and what is live in the segments ``moving``."""
+        changed = ((client, self._rows[client]) for client in sorted(self._dirty))
+        self._write(itertools.chain(changed, (row for number in moving for row in self._read(number).items())))
         self._dirty.clear()
         self._waiting = 0
         if self._on_disk:
             self._rows.clear()
 
-    def _compact(self) -> None:
-        """Writes anew what is live in segments that are mostly outdated, or small and many."""
+    def _to_move(self) -> list[int]:
+        """Segments to be written anew: those that are mostly outdated, or small and many."""
+        outdated = Counter(self._where[client] for client in self._dirty)
         sparse, tiers = [], dict[int, list[int]]()
         for number, segment in self._segments.items():
-            if 2 * segment.live < segment.rows:
+            if not (left := segment.live - outdated[number]):
+                continue
+            if 2 * left < segment.rows:
                 sparse.append(number)
             elif segment.size < SMALL_BYTES:
                 tiers.setdefault(segment.size.bit_length() // 3, []).append(number)
-        self._write(self._live_rows(sparse))
-        for numbers in tiers.values():
-            if len(numbers) >= FANOUT:
-                self._write(self._live_rows(numbers))
-
-    def _live_rows(self, numbers: list[int]) -> Iterator[tuple[int, Packed]]:
-        for number in numbers:
-            yield from self._read(number).items()
+        return sparse + [number for numbers in tiers.values() if len(numbers) >= FANOUT for number in numbers]
 
     # --- checkpoints ---------------------------------------------------------------------------------
 
     def flush(self) -> list[str]:
         """Writes the rows that changed; returns the names of the segments in use, for a checkpoint to store.
 
-        Segments that are no longer in use are left for `collect`.
+        Files of segments that are no longer in use are left for `collect`.
         """
-        self._write_dirty()
-        self._compact()
+        self._write_dirty(self._to_move())
         return [segment.name for segment in self._segments.values()]
 
     def restore(self, names: Sequence[str], kept: Iterable[Sequence[str]] = ()) -> None:
-        """The memory at a checkpoint. What no checkpoint needs, as a killed process leaves it, is removed.
+        """The memory at a checkpoint. Files that no checkpoint needs, as a killed process leaves them, are removed.
 
         Args:
             names: The segments that the checkpoint stores.
@@ -283,8 +283,9 @@ class Memory:
         self._next = max(self._segments, default=-1) + 1
         needed = {name for other in kept for name in other}
         self._retired = needed - set(names)
-        for path in self._folder.glob("*.safetensors"):
-            if path.name not in names and path.name not in needed:
+        needed.update(names)
+        for path in self._folder.glob("*"):
+            if path.name not in needed:
                 path.unlink()
 
     def collect(self, kept: Iterable[Sequence[str]]) -> None:

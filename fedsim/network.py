@@ -73,6 +73,11 @@ class Network:
         for counter, first in self._counters:
             counter.copy_(first)
 
+    @property
+    def mode(self) -> tuple[bool, bool]:
+        """The arguments of the last `train`."""
+        return self._mode or (True, False)
+
     def train(self, on: bool, frozen_norms: bool = False) -> None:
         """Training or evaluation mode; with ``frozen_norms`` batch norms stay in evaluation mode."""
         mode = (on, frozen_norms)
@@ -130,7 +135,7 @@ class Point:
             self._network.bind(self._w)
             return self._network(x)
         # The point of an enclosing gradient is restored: its graph reads the live parameters.
-        net, before, mode = self._network, [p.data for p in self._network._params], self._network._mode
+        net, before, mode = self._network, [p.data for p in self._network._params], self._network.mode
         net.train(False)
         net.bind(self._w)
         try:
@@ -140,7 +145,7 @@ class Point:
             for p, data in zip(net._params, before, strict=True):
                 p.data = data
             net._bound = before[0].data_ptr()
-            net.train(*(mode or (True, False)))
+            net.train(*mode)
 
     @property
     def views(self) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ import hashlib
 import io
 import logging
 import math
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator
@@ -22,15 +23,18 @@ from fedsim import config as conf
 from fedsim import random, tree
 from fedsim.checkpoint import Checkpoints
 from fedsim.clients.local import Local, Visit
-from fedsim.engine.base import Engine
+from fedsim.engine.base import Engine, Score
 from fedsim.engine.worker import lead
 from fedsim.errors import ConfigError, RunError
 from fedsim.evaluation import metrics, spread
-from fedsim.experiment import Experiment, instantiate, versions
+from fedsim.experiment import Experiment, versions
 from fedsim.federation import Federation
 from fedsim.memory import Memory
+from fedsim.network import map_tensors
+from fedsim.plugins import instantiate
 from fedsim.program import overrides
-from fedsim.rundir import RunDir, read_metrics, write_atomic
+from fedsim.rundir import RunDir, read_metrics, read_summary, write_atomic
+from fedsim.strategy import SERVER
 from fedsim.tracking import RunInfo, Status, Trackers
 from fedsim.vector import Layout
 
@@ -67,6 +71,7 @@ class Progress:
     Attributes:
         round_num: Rounds done.
         state: The strategy's state.
+        cohort: Clients that took part in the latest round.
         totals: Sums over all rounds.
         wall_seconds: Time spent, earlier processes included.
         best: The best evaluation so far, with ``by`` and ``round``.
@@ -79,6 +84,7 @@ class Progress:
 
     round_num: int = 0
     state: Any = None
+    cohort: list[int] = field(default_factory=list)
     totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
     wall_seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
@@ -99,12 +105,14 @@ def execute(exp: Experiment, resume: Path | None = None) -> Result:
     Raises:
         FedsimError: With one clear line; what was computed so far stays in the run directory.
     """
-    if resume is None:
-        run = RunDir.create(Path(exp.config["run_dir"]), exp.name, conf.config_hash(exp.config))
-    else:
-        run = RunDir.open(resume)
-    with run.lock(), _logging_to(run.log), _engine(exp) as engine:
-        return Driver(exp, run, engine).run()
+    with _engine(exp) as engine:  # an engine that cannot start leaves no directory behind
+        if resume is None:
+            root, text = Path(exp.config["run_dir"]).expanduser(), conf.dump({**exp.config, "resume": None})
+            run = RunDir.create(root, exp.name, conf.config_hash(exp.config), config=text)
+        else:
+            run = RunDir.open(resume)
+        with run.lock(), _logging_to(run.log):
+            return Driver(exp, run, engine).run()
 
 
 @contextmanager
@@ -130,6 +138,10 @@ def _logging_to(path: Path) -> Iterator[None]:
         yield
     except BaseException as exc:
         log.error("stopped: %s", exc or type(exc).__name__, exc_info=True)
+        if isinstance(exc, KeyboardInterrupt):
+            exc.add_note(f"go on with: fedsim {shlex.quote(f'resume={path.parent}')}")
+        elif getattr(exc, "status", 1) == 1:
+            exc.add_note(f"the traceback is in {path}")
         raise
     finally:
         log.removeHandler(handler)
@@ -153,30 +165,23 @@ class Driver:
         self.checkpoints = Checkpoints(run.checkpoints, self.memory)
         self.trackers = Trackers(exp.trackers)
         self.rounds = exp.config["rounds"]
-        self._saved = 0.0
-        overridden = overrides(self.strategy, "personal") or exp.program.private is not None
-        self.personal = overridden or (exp.program.options.buffers == "local" and exp.program.network.buffer_layout.d > 0)
+        self.progress = Progress()
+        self._begin = self._saved = time.monotonic()
+        self._scores: dict[str, list[Score]] = {}  # of the latest evaluation of clients, by mode
+        self._local_buffers = exp.program.options.buffers == "local" and exp.program.network.buffer_layout.d > 0
+        own = any(overrides(half, "personal") for _, half in exp.program.hooks.owners())
+        self.personal = own or exp.program.private is not None or self._local_buffers
 
     def run(self) -> Result:
         """All rounds, and what is written at the end."""
-        begin = time.monotonic()
-        self.progress = self._start()
-        p = self.progress
-        began_with = p.wall_seconds
+        self.progress = p = self._start()
+        self._begin = time.monotonic() - p.wall_seconds
         info = RunInfo(self.run_dir.path, self.rounds, self.exp.describe(), self.config, p.round_num)
         summary: dict[str, Any] = {}
         status: Status = "failed"
         try:
             self.trackers.start(info)
-            if p.state is None:
-                self._prepare()
-            while p.round_num < self.rounds and not p.stopped:
-                record = self._round(p.round_num + 1)
-                p.wall_seconds = began_with + time.monotonic() - begin
-                self.trackers.log({**record, "wall_seconds": round(p.wall_seconds, 3)})
-                self._save_if_due()
-            self._finalize()
-            summary = self._finish()
+            summary = read_summary(self.run_dir.summary) if self._is_finished() else self._work()
             status = "finished"
         except KeyboardInterrupt:
             status = "interrupted"
@@ -186,32 +191,56 @@ class Driver:
         records = read_metrics(self.run_dir.metrics) if self.run_dir.metrics.exists() else []
         return Result(p.state.w, self.exp.program.layout, records, summary, self.run_dir.path, p.state)
 
+    def _work(self) -> dict[str, Any]:
+        p = self.progress
+        if p.state is None:
+            self._prepare()
+        while p.round_num < self.rounds and not p.stopped:
+            record = self._round(p.round_num + 1)
+            self.trackers.log({**record, "wall_seconds": round(self._elapsed(), 3)})
+            self._save_if_due()
+        self._finalize()
+        return self._finish()
+
+    def _elapsed(self) -> float:
+        """Seconds of work, earlier processes included."""
+        return time.monotonic() - self._begin
+
     # --- start ---------------------------------------------------------------------------------------
 
     def _start(self) -> Progress:
         saved = self.checkpoints.load()
         if saved is None:
-            write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
+            log.info("started")
             self._write_partition()
             return Progress()
         if saved["config"] != conf.config_hash({**self.config, "rounds": 0}):
             raise ConfigError(
                 f"{self.run_dir.path}: the checkpoint belongs to another config than config.yaml; restore the file"
             )
+        p: Progress = saved["progress"]
+        self.progress = p
+        if self.rounds < p.round_num:
+            raise ConfigError(f"rounds={self.rounds}, but {self.run_dir.path} has done {p.round_num} rounds already")
+        more = self.rounds > p.round_num and not p.stopped
+        if more and p.finalized:
+            if overrides_finalize(self.strategy):
+                raise ConfigError(
+                    f"{self.run_dir.path} is finished, and its strategy has finalised the model: it cannot take more "
+                    "rounds"
+                )
+            p.finalized = False
         self.fed.restore(saved["federation"])
-        progress: Progress = saved["progress"]
-        if self.rounds < progress.round_num:
-            raise ConfigError(
-                f"rounds={self.rounds}, but {self.run_dir.path} has done {progress.round_num} rounds already"
-            )
-        if progress.finalized and self.rounds > progress.round_num and overrides_finalize(self.strategy):
-            raise ConfigError(
-                f"{self.run_dir.path} is finished, and its strategy has finalised the model: it cannot take more rounds"
-            )
-        if self.rounds > progress.round_num and not progress.stopped:
-            progress.finalized = False
-        write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
-        return progress
+        self.fed.begin_round(p.round_num)
+        if not self._is_finished():
+            log.info("resumed after round %d", p.round_num)
+            self.run_dir.summary.unlink(missing_ok=True)  # of fewer rounds
+            write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
+        return p
+
+    def _is_finished(self) -> bool:
+        """Whether an earlier process has done everything."""
+        return self.progress.finalized and self.run_dir.summary.exists()
 
     def _prepare(self) -> None:
         p, network = self.progress, self.exp.program.network
@@ -242,6 +271,7 @@ class Driver:
         p.round_num = number
         self._count()
         done = fed.done
+        p.cohort = sorted(done.who)
         record: dict[str, Any] = {
             "round": number,
             "virtual_seconds": fed.virtual_seconds,
@@ -251,72 +281,72 @@ class Driver:
             "failures": done.failures,
             "train_loss": done.loss / done.trained if done.trained else None,
         }
-        if number % self.config["eval"]["every"] == 0 or number == self.rounds:
-            p.latest = self._evaluate(number)
-            record |= {k: v for k, v in p.latest.items() if k not in ("class_accuracy", "round")}
-            self._judge(number)
-        record |= self.fed.log
         limit = self.config["stop"]["virtual_seconds"]
         if limit is not None and fed.virtual_seconds >= limit:
-            p.stopped = p.stopped or f"virtual time reached {limit:g} s"
-        if p.stopped and p.latest.get("round") != number:
+            p.stopped = f"virtual time reached {limit:g} s"
+        due = number % self.config["eval"]["every"] == 0
+        if due or number == self.rounds or p.stopped:
             p.latest = self._evaluate(number)
             record |= {k: v for k, v in p.latest.items() if k not in ("class_accuracy", "round")}
-        return record
+            self._note_best()
+        if due:  # not for the sake of the last round: a run that takes more rounds later must not stop earlier
+            self._stop_if_good()
+        return record | fed.log
 
     def _count(self) -> None:
         for name in TOTALS:
             self.progress.totals[name] += getattr(self.fed.done, name)
 
     def _evaluate(self, number: int) -> dict[str, Any]:
-        state = self.progress.state
+        fed, state = self.fed, self.progress.state
         out: dict[str, Any] = {"round": number}
-        out |= {k if k == "class_accuracy" else f"test_{k}": v for k, v in self.fed.evaluate(state).items()}
+        out |= {k if k == "class_accuracy" else f"test_{k}": v for k, v in fed.evaluate(state).items()}
         if self.exp.program.server is not None:
-            seen = self.fed.evaluate(state, "validation")
+            seen = fed.evaluate(state, "validation")
             out |= {f"validation_{k}": seen[k] for k in ("loss", "accuracy") if k in seen}
-        for mode, prefix in (("global", "client"), ("personal", "personal")):
-            if mode == "global" or self.personal:
-                scores = [metrics(s) for s in self.fed.evaluate_clients(state, self._eval_clients(), mode)]
-                key = "accuracy" if self.exp.program.dataset.num_classes else "loss"
-                out |= spread([m.get(key, math.nan) for m in scores], f"{prefix}_{key}")
+        key = "accuracy" if self.exp.program.dataset.num_classes else "loss"
+        self._scores = self._evaluate_clients()
+        for mode, scores in self._scores.items():
+            values = [metrics(s).get(key, math.nan) for s in scores]
+            prefix = "client" if mode == "global" else mode
+            out |= spread(values, f"{prefix}_{key}", higher_is_better=key == "accuracy")
         return out
+
+    def _evaluate_clients(self) -> dict[str, list[Score]]:
+        modes = ("global", "personal") if self.personal else ("global",)
+        return {mode: self.fed.evaluate_clients(self.progress.state, self._eval_clients(), mode) for mode in modes}
 
     def _eval_clients(self) -> list[int]:
         """Whose held-out examples are scored."""
         which, num = self.config["eval"]["clients"], self.fed.num_clients
         if which == "participants":
-            return self.memory_clients()
+            return self.progress.cohort
         if which == "all" or which >= num:
             return list(range(num))
         rng = random.numpy_generator(self.config["seed"], "evaluation")
         return sorted(rng.choice(num, which, replace=False, shuffle=False).tolist())
 
-    def memory_clients(self) -> list[int]:
-        """Clients that have ever taken part."""
-        return [c for c in self.memory.clients() if c >= 0]
+    def _note_best(self) -> None:
+        p = self.progress
+        by = next(k for k in ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss") if k in p.latest)
+        sign = 1 if by.endswith("accuracy") else -1
+        if not p.best or math.isnan(p.best[by]) or sign * p.latest[by] > sign * p.best[by]:
+            p.best = {"by": by, **p.latest}
+            if by.startswith("validation"):
+                self._write_model("model_best.safetensors")
 
-    def _judge(self, number: int) -> None:
-        """Best evaluation so far, and whether to stop."""
+    def _stop_if_good(self) -> None:
+        """The stop rules that look at validation data."""
         p, stop = self.progress, self.config["stop"]
-        by = next(
-            (k for k in ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss") if k in p.latest), None
-        )
-        if by is not None:
-            sign = 1 if by.endswith("accuracy") else -1
-            if not p.best or sign * p.latest[by] > sign * p.best[by]:
-                p.best = {"by": by, **p.latest}
-                if by.startswith("validation"):
-                    self._write_model("model_best.safetensors")
-        if "validation_loss" in p.latest:
-            better = p.latest["validation_loss"] < p.best_loss
-            p.patience = 0 if better else p.patience + 1
-            p.best_loss = min(p.best_loss, p.latest["validation_loss"])
-            if stop["patience"] is not None and p.patience >= stop["patience"]:
-                p.stopped = f"no better validation loss in {p.patience} evaluations"
-            target = stop["target_accuracy"]
-            if target is not None and p.latest.get("validation_accuracy", 0) >= target:
-                p.stopped = f"validation accuracy reached {target:g}"
+        if "validation_loss" not in p.latest:
+            return
+        p.patience = 0 if p.latest["validation_loss"] < p.best_loss else p.patience + 1
+        p.best_loss = min(p.best_loss, p.latest["validation_loss"])
+        if stop["patience"] is not None and p.patience >= stop["patience"]:
+            p.stopped = f"no better validation loss in {p.patience} evaluations"
+        target = stop["target_accuracy"]
+        if target is not None and p.latest.get("validation_accuracy", 0) >= target:
+            p.stopped = f"validation accuracy reached {target:g}"
 
     # --- saving --------------------------------------------------------------------------------------
 
@@ -327,6 +357,7 @@ class Driver:
             self._save()
 
     def _save(self) -> None:
+        self.progress.wall_seconds = self._elapsed()
         content = {
             "config": conf.config_hash({**self.config, "rounds": 0}),
             "progress": self.progress,
@@ -337,14 +368,16 @@ class Driver:
 
     def _finalize(self) -> None:
         p = self.progress
-        if not p.finalized:
-            if overrides_finalize(self.strategy):
-                self.fed.begin_round(p.round_num)
-                p.state = self.strategy.finalize(self.fed, p.state)
-                self._count()
-                p.latest = self._evaluate(p.round_num)
-            p.finalized = True
+        if p.finalized:
+            return
+        if overrides_finalize(self.strategy):
             self._save()
+            self.fed.begin_round(p.round_num)
+            p.state = self.strategy.finalize(self.fed, p.state)
+            self._count()
+            p.latest = self._evaluate(p.round_num)
+        p.finalized = True
+        self._save()
 
     def _write_model(self, name: str = "model.safetensors") -> None:
         from safetensors.torch import save
@@ -361,6 +394,7 @@ class Driver:
         p = self.progress
         self._write_model()
         self._write_clients()
+        self._draw()
         summary = {
             "status": "finished",
             "final": p.latest,
@@ -370,7 +404,7 @@ class Driver:
             "totals": {
                 **p.totals,
                 "virtual_seconds": self.fed.virtual_seconds,
-                "wall_seconds": round(p.wall_seconds, 3),
+                "wall_seconds": round(self._elapsed(), 3),
             },
             "params_sha256": self.params_sha256(),
             "state_sha256": self.state_sha256(),
@@ -381,27 +415,30 @@ class Driver:
             "versions": versions(),
             "commit": _commit(),
         }
-        self._draw()
-        self.run_dir.write_summary(summary)
+        self.run_dir.write_summary(summary)  # last: who sees it sees a finished run
+        log.info("finished after round %d", p.round_num)
         return summary
 
     def params_sha256(self) -> str:
         """Hash of what is evaluated: the global model, and every touched client's own where there are such."""
         h = hashlib.sha256(tree.sha256((self.progress.state.w, self.fed.buffers)).encode())
         if self.personal:
-            for client, w in self.personal_models():
-                h.update(f"{client}:{tree.sha256(w)};".encode())
+            for client, own in self._personal_models():
+                h.update(f"{client}:{tree.sha256(own)};".encode())
         return h.hexdigest()
 
-    def personal_models(self) -> Iterator[tuple[int, Tensor]]:
-        """Each touched client's own parameters, ``[d]``."""
-        program, state, p = self.exp.program, self.progress.state, self.progress
-        for client in self.memory_clients():
-            sent = lead(self.fed.payload(state)) | self.strategy.unicast(state, (client,))
-            visit = Visit(
-                client, p.round_num, "evaluate", p.round_num, "personal", memory=self.memory.get((client,))[0]
-            )
-            yield client, Local(program, visit, sent)._hooks.single("personal")[0]
+    def _personal_models(self) -> Iterator[tuple[int, Any]]:
+        """Each touched client's own parameters, ``[d]``, and buffers where clients have their own."""
+        program, state, number = self.exp.program, self.progress.state, self.progress.round_num
+        sent = lead(self.fed.payload(state), program.device)
+        for client in self.memory.clients():
+            if client == SERVER:
+                continue
+            (row,) = self.memory.get((client,))
+            own = map_tensors(lambda t: t.to(program.device), self.fed.unicast(state, (client,)))
+            visit = Visit(client, number, "evaluate", number, "personal", memory=row)
+            w = Local(program, visit, sent | own)._hooks.single("personal")[0]
+            yield client, (w, row.get("buffers.local")) if self._local_buffers else w
 
     def state_sha256(self) -> str:
         """Hash of everything that a resume restores: server state, client memory, streams, clock."""
@@ -410,19 +447,18 @@ class Driver:
         )
 
     def _write_clients(self) -> None:
-        """``clients.csv``: a line per evaluated client."""
-        p, program = self.progress, self.exp.program
+        """``clients.csv``: a line per client that the last evaluation looked at."""
         clients = self._eval_clients()
-        columns: dict[str, list[Any]] = {"client": list(clients)}
-        columns["num_train"] = [len(program.shard(c)) for c in clients]
-        for mode, prefix in (("global", ""), ("personal", "personal_")):
-            if mode == "global" or self.personal:
-                scores = self.fed.evaluate_clients(p.state, clients, mode)
-                found = [metrics(s) for s in scores]
-                columns["num_heldout"] = [s.count for s in scores]
-                for key in ("accuracy", "loss", "macro_f1"):
-                    if any(key in m for m in found):
-                        columns[f"{prefix}{key}"] = [m.get(key) for m in found]
+        columns: dict[str, list[Any]] = {
+            "client": list(clients),
+            "num_train": [len(self.exp.program.shard(c)) for c in clients],
+        }
+        for mode, scores in (self._scores or self._evaluate_clients()).items():
+            found = [metrics(s) for s in scores]
+            columns["num_heldout"] = [s.count for s in scores]
+            for key in ("accuracy", "loss", "macro_f1"):
+                if any(key in m for m in found):
+                    columns[key if mode == "global" else f"{mode}_{key}"] = [m.get(key) for m in found]
         text = io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         writer.writerow(columns)
@@ -433,7 +469,10 @@ class Driver:
         from fedsim.report.curves import plot_curves
 
         if self.run_dir.metrics.exists():
-            plot_curves([(self.exp.name, read_metrics(self.run_dir.metrics))], self.run_dir.figures / "curves.png")
+            try:
+                plot_curves([(self.exp.name, read_metrics(self.run_dir.metrics))], self.run_dir.figures / "curves.png")
+            except Exception:  # no picture is worth the results of a run
+                log.warning("%s: the curves could not be drawn", self.run_dir.path, exc_info=True)
 
 
 def overrides_finalize(strategy: Any) -> bool:

@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import secrets
+import shutil
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -200,7 +201,9 @@ class RunDir:
     path: Path
 
     @classmethod
-    def create(cls, root: Path, name: str, config_hash: str, now: datetime | None = None) -> RunDir:
+    def create(
+        cls, root: Path, name: str, config_hash: str, now: datetime | None = None, config: str | None = None
+    ) -> RunDir:
         """Makes ``<root>/<name>/<timestamp>-<hash>/``, never one that exists.
 
         Args:
@@ -208,6 +211,8 @@ class RunDir:
             name: The experiment's name; ``/`` makes folders.
             config_hash: Hash of the resolved config; its first 8 characters are used.
             now: The time in the directory's name; default: now, local time.
+            config: Content of ``config.yaml``. It is there as soon as the directory is, so that a run that is killed
+                at any moment can be resumed.
 
         Raises:
             ConfigError: ``name`` would leave ``root``, or the directory cannot be made.
@@ -217,18 +222,26 @@ class RunDir:
             raise ConfigError(f"`name` must be a relative path without '..', like 'fedavg' or 'sweep/a', got {name!r}")
         stem = f"{now or datetime.now():%Y%m%d-%H%M%S}-{config_hash[:8]}"
         folder, number = Path(root) / name, 1
+        filled = folder / f".{stem}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            (filled / "checkpoints").mkdir(parents=True)
+            if config is not None:
+                write_atomic(filled / "config.yaml", config)
             while True:
                 path = folder / (stem if number == 1 else f"{stem}-{number}")
                 try:
-                    path.mkdir()
-                    break
-                except FileExistsError:  # a sweep starts several runs within a second
-                    number += 1
-            (path / "checkpoints").mkdir()
+                    if not path.exists():
+                        filled.rename(path)
+                        break
+                except OSError as exc:  # a sweep starts several runs within a second
+                    if exc.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                        raise
+                number += 1
+            _sync_folder(folder)
         except OSError as exc:
             raise ConfigError(_explain(exc, "make a run directory in", folder)) from exc
+        finally:
+            shutil.rmtree(filled, ignore_errors=True)
         return cls(path)
 
     @classmethod

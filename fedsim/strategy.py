@@ -218,6 +218,9 @@ def require(condition: bool, key: str, needed: str, got: object) -> None:
         raise ConfigError(f"{key} must be {needed}, got {got!r}")
 
 
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}
+
+
 def check_types(half: Any) -> None:
     """Checks the fields of a dataclass of hyper-parameters against their annotations.
 
@@ -228,7 +231,7 @@ def check_types(half: Any) -> None:
         hint, value = hints[f.name], getattr(half, f.name)
         key = f"{config_key(half)}.{f.name}"
         allowed = typing.get_args(hint) if typing.get_origin(hint) is not None else (hint,)
-        names = " or ".join(getattr(t, "__name__", str(t)).replace("NoneType", "null") for t in allowed)
+        names = " or ".join(_TYPE_NAMES.get(t, str(t)) for t in allowed)
         if float in allowed and isinstance(value, int) and not isinstance(value, bool):
             object.__setattr__(half, f.name, float(value) if int not in allowed else value)
             continue
@@ -236,7 +239,7 @@ def check_types(half: Any) -> None:
         if len(scalar) < len(allowed):
             continue  # trees and callables are the owner's to check
         if not any(type(value) is t for t in scalar):
-            raise ConfigError(f"{key} must be {names}, got {value!r} ({type(value).__name__})")
+            raise ConfigError(f"{key} must be {names}, got {value!r}")
         if isinstance(value, float):
             require(math.isfinite(value), key, "finite", value)
 

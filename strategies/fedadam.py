@@ -9,6 +9,7 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,11 @@ class FedAdam(FedAvg):
         beta2: Decay of the second moment, in [0, 1).
         tau: Degree of adaptivity, > 0: the larger, the closer to FedAvgM.
     """
+
+    parent: ClassVar[str | None] = None
+    exempt: ClassVar = {
+        "one_full_batch_step_is_gradient_descent": "every coordinate moves by about server_lr, whatever the mean update"
+    }
 
     server_lr: float = 0.01
     beta1: float = 0.9

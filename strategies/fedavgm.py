@@ -7,6 +7,7 @@ Departures: none known.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,6 +38,9 @@ class FedAvgM(FedAvg):
         server_lr: eta, > 0.
         beta: Momentum, in [0, 1); 0 gives FedAvg.
     """
+
+    parent: ClassVar = "fedavg"
+    neutral: ClassVar = {"beta": 0.0}
 
     server_lr: float = 1.0
     beta: float = 0.9

@@ -11,6 +11,7 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,13 @@ class FedDyn(Strategy):
         alpha: Weight of the regulariser, >= 0.
         dual: ``all``, ``active`` or ``off``.
     """
+
+    parent: ClassVar = "fedavg"
+    parent_options: ClassVar = {"weights": "uniform"}
+    neutral: ClassVar = {"alpha": 0.0, "dual": "off"}
+    exempt: ClassVar = {
+        "one_full_batch_step_is_gradient_descent": "the mean dual doubles the first step: the server adds both"
+    }
 
     alpha: float = 0.1
     dual: str = "all"

@@ -10,6 +10,7 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -25,6 +26,9 @@ class FedProx(FedAvg):
     Attributes:
         mu: Weight of ``mu / 2 * |w - start|^2``, >= 0; 0 gives FedAvg.
     """
+
+    parent: ClassVar = "fedavg"
+    neutral: ClassVar = {"mu": 0.0}
 
     mu: float = 0.01
 

@@ -9,6 +9,7 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -43,6 +44,10 @@ class Scaffold(FedAvg):
         control: Factor on ``c - c_i``; 0 gives FedAvg.
     """
 
+    parent: ClassVar = "fedavg"
+    parent_options: ClassVar = {"weights": "uniform"}
+    neutral: ClassVar = {"control": 0.0}
+
     weights: str = "uniform"
     server_lr: float = 1.0
     control: float = 1.0
@@ -62,7 +67,7 @@ class Scaffold(FedAvg):
         return {"c": torch.zeros_like(local.start)}
 
     def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
-        return grad(w) + self.control * (local.sent.c - local.memory.c)
+        return grad(w) - self.control * (local.memory.c - local.sent.c)
 
     def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
         delta, old = local.delta(w), local.memory.c

@@ -61,7 +61,8 @@ class Outcome:
         bytes_up: Bytes that each client is charged.
         steps: Local steps of each client.
         examples: Examples that each client processed, repeats counted.
-        losses: Sum over those examples of the training loss, per client.
+        scored: Those of them whose training loss was computed, per client.
+        losses: Sum of these losses, per client.
         num_examples: Training examples of each client.
     """
 
@@ -72,6 +73,7 @@ class Outcome:
     bytes_up: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     examples: list[int] = field(default_factory=list)
+    scored: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     num_examples: list[int] = field(default_factory=list)
 

@@ -16,7 +16,7 @@ from fedsim.engine.base import EvalTask, Outcome, Score, Task
 from fedsim.errors import ClientError, ConfigError, FedsimError
 from fedsim.network import Point, map_tensors
 from fedsim.program import Program
-from fedsim.reduce import Entry, TreeSum, leaf, nbytes, tensors_in
+from fedsim.reduce import Entry, TreeSum, lane, leaf, tensors_in
 from fedsim.strategy import SERVER
 
 EVAL_BATCH = 500
@@ -53,14 +53,17 @@ class Worker:
             rows = task.memory[i]
             visit = Visit(client, task.round_num, task.phase, task.visits[i], "train", task.steps, task.epochs, rows)
             try:
-                with _read_only(task.sent, rows):
+                own_sent = _lane(task.unicast, i, program.device)
+                with _read_only(sent, own_sent, rows):
                     own = self._bind_buffers(program, buffers, rows)
-                    local = Local(program, visit, sent | _lane(task.unicast, i), hooks)
+                    local = Local(program, visit, sent | own_sent, hooks)
                     w = local._hooks.single("work")
                     _check_vector(w, local)
                     # The rows are taken after `finish`, which may still assign to memory.
                     entries = local._hooks.finish(w)
                     new = local.rows(w)
+                if "buffers" in entries:
+                    raise ClientError("'buffers' names the network's own statistics; send your entry under another name")
                 if own is not None:
                     if program.options.buffers == "mean":
                         entries["buffers"] = Entry("mean", own.unsqueeze(0))
@@ -73,6 +76,7 @@ class Worker:
                 raise ClientError(f"{_where(task, i, program.seed)}: {type(exc).__name__}: {exc}") from exc
             out.memory.append(new)
             out.bytes_up.append(0 if client == SERVER else sum(_charge(program, e) for e in entries.values()))
+            out.scored.append(local.stats.scored)
             out.steps.append(local.stats.steps)
             out.examples.append(local.stats.examples)
             out.losses.append(local.stats.loss)
@@ -132,7 +136,7 @@ class Worker:
             return [self._score_rows(local, local.start, split.x, split.y, torch.arange(a, b))]
         for i, client in enumerate(task.clients):
             visit = Visit(client, task.round_num, "evaluate", task.round_num, task.mode, memory=task.memory[i])
-            local = Local(program, visit, sent | _lane(task.unicast, i))
+            local = Local(program, visit, sent | _lane(task.unicast, i, program.device))
             self._bind_buffers(program, buffers, task.memory[i] if task.mode == "personal" else {})
             w = local._hooks.single("personal") if task.mode == "personal" else sent["w"]
             shard = program.shard(client, "heldout")
@@ -171,12 +175,7 @@ def lead(sent: Mapping[str, Any], device: torch.device | None = None) -> dict[st
 
 def _charge(program: Program, entry: Entry) -> int:
     """Bytes that a client is charged for an entry; of a parameter vector the shared coordinates travel."""
-    if entry.nbytes is not None:
-        return entry.nbytes
-    value = entry.value[0]
-    if isinstance(value, Tensor) and value.shape[-1:] == (program.layout.d,):
-        return nbytes(value) // program.layout.d * program.shared_size
-    return nbytes(value)
+    return program.nbytes(entry.value[0]) if entry.nbytes is None else entry.nbytes
 
 
 def _where(task: Task, i: int, seed: int) -> str:
@@ -201,8 +200,9 @@ def _keep(t: Tensor) -> Tensor:
     return t.detach().clone()
 
 
-def _lane(unicast: Mapping[str, Any], i: int) -> dict[str, Any]:
-    return {k: map_tensors(lambda t: t[i : i + 1], v) if not isinstance(v, list) else v[i] for k, v in unicast.items()}
+def _lane(unicast: Mapping[str, Any], i: int, device: torch.device) -> dict[str, Any]:
+    """What client ``i`` got of its own, on the device, with a client axis of 1."""
+    return {k: map_tensors(lambda t: t.to(device).unsqueeze(0), lane(v, i)) for k, v in unicast.items()}
 
 
 @contextmanager

@@ -65,8 +65,10 @@ class MLP(Classifier):
     """
 
     def __init__(self, input_shape: Sequence[int], num_classes: int, hidden: Sequence[int] = (200, 200)) -> None:
-        if not all(isinstance(h, int) and h >= 1 for h in hidden):
-            raise ConfigError(f"model.hidden must be a list of positive whole numbers, got {list(hidden)}")
+        if not isinstance(hidden, Sequence) or not all(isinstance(h, int) and h >= 1 for h in hidden):
+            raise ConfigError(
+                f"model.hidden must be a list of positive whole numbers, such as [200, 200], got {hidden}"
+            )
         sizes = [_size(input_shape), *hidden]
         layers: list[nn.Module] = [nn.Flatten()]
         for before, after in pairwise(sizes):

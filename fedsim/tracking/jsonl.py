@@ -34,7 +34,9 @@ class Jsonl:
                 "%s ends with round %d, but the checkpoint holds %d rounds: the lines between are lost",
                 path, last, run.keep_rounds,
             )  # fmt: skip
-        write_atomic(path, "".join(dumps(r) + "\n" for r in kept))
+        content = "".join(dumps(r) + "\n" for r in kept).encode()
+        if not path.exists() or path.read_bytes() != content:
+            write_atomic(path, content)
         self._path = str(path)
         try:
             # Unbuffered: one write() a line, and nothing to lose when the process is killed.
