@@ -112,7 +112,8 @@ class Memory:
         return values[name]
 
     def __setattr__(self, name: str, value: Tensor) -> None:
-        self._values[name] = value
+        values: dict[str, Tensor] = object.__getattribute__(self, "_values")
+        values[name] = value
 
     def __contains__(self, name: str) -> bool:
         return name in self._values

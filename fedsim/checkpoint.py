@@ -46,10 +46,14 @@ class Checkpoints:
             content: A tree (`fedsim.tree`).
 
         Raises:
-            RunError: The disk is full or not writable; the checkpoint before stays valid.
+            RunError: The disk is full or not writable, or ``content`` holds what cannot be saved; the checkpoint before
+                stays valid.
         """
         segments = self._memory.flush()
-        text, tensors = tree.flatten({"content": content, "memory": segments})
+        try:
+            text, tensors = tree.flatten({"content": content, "memory": segments})
+        except TypeError as exc:
+            raise RunError(f"no checkpoint can be written after round {round_num}: {exc}") from exc
         data = save({k: t.to("cpu", copy=True).contiguous() for k, t in tensors.items()}, {"tree": text})
         path = self._folder / f"{round_num:08d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
         write_atomic(path, data)
@@ -68,12 +72,15 @@ class Checkpoints:
             RunError: It is damaged; says what to do.
         """
         self._kept = {}
-        *older, newest = files(self._folder) or [None]
-        if newest is None:
+        found = files(self._folder)
+        if not found:
             self._memory.restore([])
             return None
+        *older, newest = found
         saved = tree_of(newest)
-        for path in older:
+        for path in older[: 1 - KEEP]:  # a process was killed before it removed them
+            path.unlink()
+        for path in older[1 - KEEP :]:
             try:
                 self._kept[path] = tree_of(path)["memory"]
             except FedsimError as exc:  # it is not needed

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +55,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         _dispatch(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        raise SystemExit(1) from None
+        _leave()
     except (Exception, KeyboardInterrupt) as exc:
         if os.environ.get(TRACEBACK):
             raise
@@ -70,8 +68,15 @@ def _terminate(number: int, frame: Any) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def _leave() -> NoReturn:
+    """Exits when nobody reads standard output any more (``fedsim list | head -1``)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what is still buffered has to go somewhere
+    raise SystemExit(1)
+
+
 def line(exc: BaseException) -> str:
     """An error as one line: what happened, and the notes that were added on its way up."""
+    known = isinstance(exc, FedsimError | KeyboardInterrupt | MemoryError | OSError)
     if isinstance(exc, FedsimError):
         text = str(exc)
     elif isinstance(exc, KeyboardInterrupt):
@@ -81,10 +86,9 @@ def line(exc: BaseException) -> str:
     elif isinstance(exc, OSError):
         text = f"{exc.strerror or exc}: {exc.filename}" if exc.filename else str(exc)
     else:
-        frame = traceback.extract_tb(exc.__traceback__)[-1]
-        place = f"{frame.filename}:{frame.lineno}, in {frame.name}"
-        text = f"{one_line(exc)} ({place}); with {TRACEBACK}=1 in the environment the traceback is shown"
-    return " ".join("; ".join([text, *getattr(exc, "__notes__", ())]).split())
+        text = one_line(exc)
+    notes = getattr(exc, "__notes__", None) or ([] if known else [f"with {TRACEBACK}=1 the traceback is shown"])
+    return " ".join("; ".join([text, *notes]).split())
 
 
 def _dispatch(args: list[str]) -> None:
@@ -126,7 +130,10 @@ def _request(args: Sequence[str], *known: str) -> Request:
     for arg in waiting:
         name, equals, value = arg.partition("=")
         if name == "--config-dir" and name in known:
-            folder = Path(value if equals else next(waiting, "")).expanduser()
+            given = value if equals else next(waiting, "")
+            if not given:
+                raise ConfigError("--config-dir needs a folder with config groups, as in --config-dir myconf")
+            folder = Path(given).expanduser()
         elif arg in known:
             flags.add(arg)
         elif arg.startswith("-"):
@@ -227,8 +234,10 @@ def _sweep(request: Request) -> None:
     if any(o.lstrip("+").startswith("resume=") for o in request.rest):
         raise ConfigError("a sweep (-m) makes new runs; go on with one run at a time, without -m")
     failed: list[str] = []
+    done = 0
 
     def job(tree: Any) -> float | None:
+        nonlocal done
         from hydra.core.hydra_config import HydraConfig
 
         from fedsim.experiment import build
@@ -236,11 +245,12 @@ def _sweep(request: Request) -> None:
 
         task = list(HydraConfig.get().overrides.task)
         name = f"[{HydraConfig.get().job.num}] {' '.join(task)}"
-        print(f"\n{name}", flush=True)
         try:
+            print(f"\n{name}" if done else name, flush=True)
+            done += 1
             final = execute(build(resolve(tree), task)).summary["final"]
         except BrokenPipeError:
-            raise
+            _leave()
         except Exception as exc:
             # The other jobs are worth having; a sweeper that optimises must hear of it, so nothing is returned.
             print(f"fedsim: {name}: {line(exc)}", file=sys.stderr, flush=True)
@@ -254,14 +264,16 @@ def _sweep(request: Request) -> None:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
         try:
             hydra.main(version_base="1.3", config_path="pkg://fedsim.conf", config_name="config")(job)()
-        except OSError:
-            raise
         except Exception as exc:
             raise ConfigError(explain(exc, overrides, request.config_dir, sweep=True)) from exc
         finally:
             sys.argv = before
     if failed:
-        raise RunError(f"{len(failed)} jobs of the sweep failed: {'; '.join(failed)}")
+        raise RunError(f"{len(failed)} of {done} runs of the sweep failed: {'; '.join(failed)}")
+    if not done:
+        raise ConfigError(
+            f"the sweep is empty: {' '.join(request.rest)} gives no values; write key=a,b or key=range(0,3)"
+        )
 
 
 # --- other commands ---------------------------------------------------------------------------------------
@@ -297,7 +309,7 @@ def _partition(args: list[str]) -> None:
     from fedsim.report.partition import plot_bubbles, plot_heatmap, statistics
     from fedsim.report.text import align
 
-    dataset, folder = exp.program.dataset, Path(exp.config["run_dir"]) / "partition"
+    dataset, folder = exp.program.dataset, Path(exp.config["run_dir"]).expanduser() / "partition"
     labels, names = dataset.train.y.numpy(), dataset.class_names
     s = statistics(exp.partition, labels, len(names))
     title = f"{dataset.name}: {exp.describe()['partition']}, seed {exp.config['seed']}"

@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from fedsim.config import CONF, GROUPS, LISTS, OPEN, RESUMABLE, Config, check, keys, load, options, shown
+from fedsim.config import CONF, GROUPS, LISTS, OPEN, RESUMABLE, SCHEMA, Config, check, keys, load, options, shown
 from fedsim.errors import ConfigError, did_you_mean
 from fedsim.rundir import RunDir
 
@@ -83,6 +83,9 @@ def resolve(tree: Any) -> Config:
 def _plain_config(tree: Any) -> Config:
     """Without what is Hydra's own; groups of which nothing is chosen are absent or null, and become empty."""
     config = {str(k): v for k, v in tree.items() if k not in ("hydra", "experiment")}
+    for group, node in config.items():  # the plug-in's own keys first, then what the platform reads
+        if isinstance(node, dict) and "_target_" in node:
+            config[group] = dict(sorted(node.items(), key=lambda item: f"{group}.{item[0]}" in SCHEMA))
     for group in LISTS:
         config[group] = config.get(group) or {}
     return config
@@ -97,7 +100,7 @@ def prepare(overrides: Sequence[str]) -> list[str]:
     out = []
     for override in overrides:
         key, _, value = override.partition("=")
-        if key in GROUPS and key not in LISTS and value.lstrip().startswith("["):
+        if key in GROUPS and key not in LISTS and "[" in value:
             raise ConfigError(f"{key} takes one option, got {value}; for a sweep over several write {key}=a,b with -m")
         odd = re.search(r"[^\w/\-+.%*@:?| ]", value, re.ASCII) and not re.search(r"[,'\"\[\]{}()$\\]", value)
         out.append(f"{key}='{value}'" if odd else override)
@@ -153,8 +156,8 @@ def resume_config(overrides: Sequence[str], config_dir: Path | None = None) -> t
     except ConfigError as exc:
         raise ConfigError(f"{run / 'config.yaml'} is damaged ({exc}); restore it from a copy") from exc
     texts = prepare([o for o in overrides if not o.startswith("resume=")])
-    chosen = []
-    for text, o in zip(texts, _parse(texts), strict=True):
+    given = list(zip(texts, _parse(texts), strict=True))
+    for text, o in given:
         if o.key_or_group.split(".")[0] not in RESUMABLE:
             raise ConfigError(
                 f"resume= goes on with the run's own config, and {text} would make it another run; "
@@ -162,14 +165,13 @@ def resume_config(overrides: Sequence[str], config_dir: Path | None = None) -> t
             )
         if o.is_sweep_override():
             raise ConfigError(_several(text, o))
-        if o.key_or_group in GROUPS:
-            chosen.append((text, o.key_or_group))
-        else:
-            _assign(saved, o)
-    if chosen:
-        fresh = compose([text for text, _ in chosen], config_dir)
+    if chosen := {o.key_or_group: text for text, o in given if o.key_or_group in GROUPS}:
+        fresh = compose(list(chosen.values()), config_dir)
         kept = {key: saved["engine"][key] for key in ("device", "threads")}  # bits follow both
-        saved |= {group: fresh[group] | (kept if group == "engine" else {}) for _, group in chosen}
+        saved |= {group: fresh[group] | (kept if group == "engine" else {}) for group in chosen}
+    for _, o in given:
+        if o.key_or_group not in GROUPS:
+            _assign(saved, o)
     saved["resume"] = str(run)
     return saved, run
 

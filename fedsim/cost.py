@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from fedsim.engine.base import Task
+from fedsim.engine.inline import InlineEngine
 from fedsim.engine.worker import Worker
 from fedsim.experiment import Experiment
 from fedsim.federation import Federation
@@ -26,10 +29,6 @@ def estimate(exp: Experiment) -> dict[str, Any]:
         ``cohort`` (clients of a typical round), ``steps``, ``bytes_down`` and ``bytes_up`` per round, the same
         with ``total_`` for the run, ``memory_per_client`` and ``model_bytes``.
     """
-    from pathlib import Path
-
-    from fedsim.engine.inline import InlineEngine
-
     program, rounds = exp.program, exp.config["rounds"]
     rng = numpy_generator(program.seed, "participation", 1, 0)
     cohort = exp.participation.sample(len(program.clients), rng)
@@ -69,21 +68,18 @@ def report(exp: Experiment) -> str:
     """What runs and what it costs, as text."""
     e = estimate(exp)
     clients = len(exp.program.clients)
+    kept = e["memory_per_client"]
     rows = [[k, v] for k, v in exp.describe().items()]
     rows += [
-        [
-            "per round",
-            f"{e['cohort']:,} clients, {e['steps']:,} local steps, {human_bytes(e['bytes_down'])} down, {human_bytes(e['bytes_up'])} up",
-        ],
-        [
-            "whole run",
-            f"{e['total_steps']:,} local steps, {human_bytes(e['total_bytes_down'])} down, {human_bytes(e['total_bytes_up'])} up",
-        ],
-        [
-            "client memory",
-            f"{human_bytes(e['memory_per_client'])} per client that took part, at most {human_bytes(e['memory_per_client'] * clients)}",
-        ],
+        ["per round", f"{e['cohort']:,} clients, {_work(e, '')}"],
+        ["whole run", _work(e, "total_")],
+        ["client memory", f"{human_bytes(kept)} per client that took part, at most {human_bytes(kept * clients)}"],
         ["model", human_bytes(e["model_bytes"])],
         ["dry run", "nothing was trained and nothing was written"],
     ]
     return align(rows, left=2)
+
+
+def _work(e: Mapping[str, Any], prefix: str) -> str:
+    steps, down, up = (e[prefix + name] for name in ("steps", "bytes_down", "bytes_up"))
+    return f"{steps:,} local steps, {human_bytes(down)} down, {human_bytes(up)} up"

@@ -227,7 +227,7 @@ def _model(config: Config, dataset: Dataset, seed: int, dtype: torch.dtype, halv
         Layout.of(module)  # there must be something to train
         _check_outputs(module, example, dataset, config, any(overrides(half, "loss") for half in halves))
     if config["model"]["weights"] is not None:
-        _load_weights(module, Path(config["model"]["weights"]))
+        _load_weights(module, Path(config["model"]["weights"]).expanduser())
     return module
 
 

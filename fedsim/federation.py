@@ -6,7 +6,7 @@ A strategy sees clients and reduced entries; pieces, workers, memory rows and by
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -145,7 +145,6 @@ class Federation:
         self._clock = Clock()
         self._round = Round()
         self._calls: dict[str, int] = {}
-        self._visits: dict[int, int] = {}
         self._flights: dict[int, Flight] = {}
         self._tickets: dict[int, Any] = {}
         self._digests: dict[str, tuple[Any, int]] = {}
@@ -263,7 +262,10 @@ class Federation:
         self._check_clients((client,))
         strategy = self.program.strategy
         sent, charges = self._payload(strategy.broadcast(state))
-        visit = self._visits[client] = self._visits.get(client, 0) + 1
+        # Counted in the client's memory: what a checkpoint writes must not follow the number of clients ever touched.
+        (row,) = self.memory.get((client,))
+        visit = int(row.get("task.count", 0)) + 1
+        self.memory.put((client,), [{**row, "task.count": torch.tensor(visit)}])
         task = Task(
             (client,),
             (visit,),
@@ -341,13 +343,14 @@ class Federation:
             mode: ``global``, or ``personal`` for the client's own model (`Strategy.personal`).
         """
         handle = self.engine.put(self.payload(state))
-        tasks = []
-        for first in range(0, len(clients), PIECE):
-            part = tuple(clients[first : first + PIECE])
-            rows = tuple(self.memory.get(part))
-            own = self.unicast(state, part)
-            tasks.append(EvalTask("heldout", mode, handle, (0, 0), part, rows, own, self.round_num))
-        return self._run_all(tasks)
+
+        def tasks() -> Iterator[EvalTask]:  # one by one: all clients' rows at once would not fit
+            for first in range(0, len(clients), PIECE):
+                part = tuple(clients[first : first + PIECE])
+                rows = tuple(self.memory.get(part))
+                yield EvalTask("heldout", mode, handle, (0, 0), part, rows, self.unicast(state, part), self.round_num)
+
+        return self._run_all(tasks())
 
     # --- the round, for the driver --------------------------------------------------------------------
 
@@ -381,7 +384,6 @@ class Federation:
             flights.append((f.client, f.visit, f.round_num, f.steps, place, f.unicast, f.marks, f.train))
         return {
             "clock": self._clock.state(),
-            "visits": dict(self._visits),
             "flights": flights,
             "payloads": payloads,
             "buffers": self.buffers,
@@ -390,7 +392,6 @@ class Federation:
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Goes back to a saved state; tasks that were under way are handed out again."""
         self._clock = Clock.restore(saved["clock"])
-        self._visits = dict(saved["visits"])
         self.buffers = saved["buffers"]
         self._flights, self._tickets = {}, {}
         for client, visit, round_num, steps, place, *rest in saved["flights"]:
@@ -477,7 +478,7 @@ class Federation:
             total = sum(size for name, size, h in mine if h is None or f"sent.{name}" in new)
             down.append(0 if client == SERVER else total)
             marks.append(new)
-        memory = tuple({k: v for k, v in row.items() if not k.startswith("sent.")} for row in old)
+        memory = tuple({k: v for k, v in row.items() if not k.startswith(("sent.", "task."))} for row in old)
         return Piece(replace(task, memory=memory, unicast=unicast), old, down, marks)
 
     def _launch(self, flight: Flight) -> None:
@@ -517,7 +518,11 @@ class Federation:
                 done.trained += scored
                 done.loss += loss
         visits = zip(task.clients, outcome.steps, piece.down, outcome.bytes_up, strict=True)
-        times = [self.system.duration_ns(c, self.round_num, *cost, self.seed) for c, *cost in visits if c != SERVER]
+        times = (
+            self.system.duration_ns(client, self.round_num, steps, down, up, self.seed)
+            for client, steps, down, up in visits
+            if client != SERVER
+        )
         return max(times, default=0)
 
     def _reduced(self, collector: Collector, cohort: tuple[int, ...], program: Program) -> Reduced:

@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -132,11 +133,13 @@ class Memory:
         return number
 
     def _pack(self, row: Row) -> Packed:
-        names = sorted(row)
-        flat = [row[name].detach().cpu().contiguous().reshape(-1) for name in names]
+        names, parts = sorted(row), []
+        for name in names:
+            dense = row[name].detach().cpu().contiguous()
+            flat = dense.as_strided((dense.numel(),), (1,))  # one element may have any stride and count as contiguous
+            parts.append(flat.view(torch.uint8).numpy().data)  # as bytes: NumPy knows no bfloat16
         schema = tuple((name, str(row[name].dtype).removeprefix("torch."), tuple(row[name].shape)) for name in names)
-        # As bytes: NumPy knows no bfloat16.
-        return self._schema(schema), b"".join(t.view(torch.uint8).numpy().data for t in flat)
+        return self._schema(schema), b"".join(parts)
 
     def _unpack(self, packed: Packed) -> Row:
         row, a = {}, 0
@@ -202,7 +205,7 @@ class Memory:
         clients = sorted(rows)
         used = sorted({rows[c][0] for c in clients})
         kind = {number: i for i, number in enumerate(used)}
-        tensors = {
+        tensors: dict[str, np.ndarray[Any, Any]] = {
             "clients": np.array(clients, np.int64),
             "kinds": np.array([kind[rows[c][0]] for c in clients], np.int32),
             "offsets": np.cumsum([0, *(len(rows[c][1]) for c in clients)], dtype=np.int64),

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from fedsim.clients.local import ClientOptions, Local
 
 SINGLE_OWNER = ("order", "update", "work", "predict", "personal")
-RESERVED = ("strategy", "stream", "buffers", "sent")  # first parts of the names of memory rows
+RESERVED = ("strategy", "stream", "buffers", "sent", "task")  # first parts of the names of memory rows
 
 
 def overrides(half: ClientHalf, hook: str) -> bool:

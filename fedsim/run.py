@@ -25,7 +25,7 @@ from fedsim.checkpoint import Checkpoints
 from fedsim.clients.local import Local, Visit
 from fedsim.engine.base import Engine, Score
 from fedsim.engine.worker import lead
-from fedsim.errors import ConfigError, RunError
+from fedsim.errors import ConfigError, FedsimError, RunError, one_line
 from fedsim.evaluation import metrics, spread
 from fedsim.experiment import Experiment, versions
 from fedsim.federation import Federation
@@ -186,6 +186,10 @@ class Driver:
         except KeyboardInterrupt:
             status = "interrupted"
             raise
+        except Exception as exc:
+            if isinstance(exc, FedsimError | OSError | MemoryError):
+                raise
+            raise RunError(f"round {self.fed.round_num}: {one_line(exc)}") from exc
         finally:
             self.trackers.finish(summary, status)
         records = read_metrics(self.run_dir.metrics) if self.run_dir.metrics.exists() else []
@@ -193,6 +197,8 @@ class Driver:
 
     def _work(self) -> dict[str, Any]:
         p = self.progress
+        self.run_dir.summary.unlink(missing_ok=True)  # of fewer rounds; only now that nothing refuses to go on
+        write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
         if p.state is None:
             self._prepare()
         while p.round_num < self.rounds and not p.stopped:
@@ -234,8 +240,6 @@ class Driver:
         self.fed.begin_round(p.round_num)
         if not self._is_finished():
             log.info("resumed after round %d", p.round_num)
-            self.run_dir.summary.unlink(missing_ok=True)  # of fewer rounds
-            write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
         return p
 
     def _is_finished(self) -> bool:

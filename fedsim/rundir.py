@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 _REMEDIES = {
     errno.ENOSPC: "free some space, or put the run elsewhere",
     errno.EDQUOT: "your disk quota is used up: free some space, or put the run elsewhere",
+    errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or put the run elsewhere",
     errno.EACCES: "check who owns the folder, or put the run elsewhere",
     errno.EPERM: "check who owns the folder, or put the run elsewhere",
     errno.EROFS: "the file system is read-only: put the run elsewhere",

@@ -67,7 +67,8 @@ class Scaffold(FedAvg):
         return {"c": torch.zeros_like(local.start)}
 
     def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
-        return grad(w) - self.control * (local.memory.c - local.sent.c)
+        correction: Tensor = local.sent.c - local.memory.c
+        return grad(w) + self.control * correction
 
     def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
         delta, old = local.delta(w), local.memory.c

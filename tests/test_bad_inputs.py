@@ -10,79 +10,19 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save
 
 from fedsim.cli import main
+from fedsim.compose import resume_config
+from fedsim.config import load
+from fedsim.errors import RunError
 from fedsim.rundir import RunDir, read_metrics, read_summary
-
-ROOT = Path(__file__).resolve().parents[1]
-#: A run of a fraction of a second.
-QUICK = ["rounds=1", "model.hidden=[5]", "client.epochs=1", "partition=iid", "partition.num_clients=3"]
-
-
-@dataclass
-class Outcome:
-    """How a command ended.
-
-    Attributes:
-        status: Exit status.
-        out: Standard output.
-        err: Standard error.
-    """
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def line(self) -> str:
-        """The error, which must be one line."""
-        assert self.err.startswith("fedsim: ") and self.err.count("\n") == 1 and self.err.endswith("\n"), self.err
-        assert "Traceback" not in self.out
-        return self.err.strip()
-
-
-Fedsim = Callable[..., Outcome]
-
-
-@pytest.fixture
-def fedsim(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Fedsim]:
-    """Runs a command in this process, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("FEDSIM_TRACEBACK", raising=False)
-    before = signal.getsignal(signal.SIGTERM)
-
-    def run(*args: str) -> Outcome:
-        with pytest.raises(SystemExit) as caught:
-            main(args)
-        captured = capsys.readouterr()
-        return Outcome(int(caught.value.code or 0), captured.out, captured.err)
-
-    yield run
-    signal.signal(signal.SIGTERM, before)
-
-
-def process(*args: str, cwd: Path, env: Mapping[str, str] | None = None, **options: Any) -> Outcome:
-    """Runs a command in a process of its own."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **(env or {})}
-    done = subprocess.run(
-        [sys.executable, "-m", "fedsim.cli", *args],
-        cwd=cwd,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=60,
-        **options,
-    )  # type: ignore[call-overload]
-    return Outcome(done.returncode, done.stdout, done.stderr)
-
+from tests.cli import QUICK, ROOT, Fedsim, only_run, process
 
 # --- before anything is done: status 2, nothing left behind -----------------------------------------------
 
@@ -157,6 +97,12 @@ REFUSED: list[tuple[str, str]] = [
     ("compare .", "is not a run directory"),
     ("partition data=synthetic", "brings its own clients"),
     ("--config-dir nowhere strategy=mine", "--config-dir nowhere must hold config groups"),
+    ("--config-dir", "--config-dir needs a folder"),
+    ("-m seed=range(0)", "the sweep is empty: seed=range(0) gives no values"),
+    ("-m seed=1,", "cannot read the override 'seed=1,'"),
+    ("-m strategy=fedavg,fedporx", "strategy has no option 'fedporx' (did you mean 'fedprox'?)"),
+    ("-m seed=1,2 strateg=fedavg", "did you mean 'strategy'?"),
+    ("-m seed=1,2 resume=x", "a sweep (-m) makes new runs"),
     # types and ranges
     ("rounds=0", "rounds must be a whole number, at least 1, got 0"),
     ("rounds=five", "rounds must be a whole number, at least 1, got 'five'"),
@@ -379,12 +325,6 @@ def test_wrong_weights_are_refused(fedsim: Fedsim, tmp_path: Path) -> None:
 # --- a run that fails -------------------------------------------------------------------------------------
 
 
-def only_run(folder: Path) -> Path:
-    """The one run directory below a folder."""
-    (found,) = folder.rglob("config.yaml")
-    return found.parent
-
-
 def test_a_loss_that_becomes_nan_names_round_and_client_and_keeps_what_was_done(fedsim: Fedsim, tmp_path: Path) -> None:
     outcome = fedsim(*QUICK, "rounds=5", "client.lr=0.01", "client.lr_decay=1e30")
     assert outcome.status == 1
@@ -403,7 +343,7 @@ def test_a_loss_that_becomes_nan_names_round_and_client_and_keeps_what_was_done(
     "target, says",
     [
         ("FailsOnClient", "round 2, client 0 (seed 0): local training failed: KeyError: 'missing'"),
-        ("FailsOnServer", "KeyError"),
+        ("FailsOnServer", "round 1: KeyError: \"no entry 'dleta' came up"),
         ("NoState", "NoState.init must return a state whose `w` is the global model"),
     ],
 )
@@ -418,7 +358,7 @@ def test_the_traceback_is_shown_on_request(
     fedsim: Fedsim, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("FEDSIM_TRACEBACK", "1")
-    with pytest.raises(KeyError):
+    with pytest.raises(RunError):
         main([*QUICK, "strategy._target_=tests.wrong.FailsOnServer"])
 
 
@@ -450,6 +390,22 @@ def files(folder: Path) -> dict[str, bytes]:
 def test_a_finished_run_takes_more_rounds(fedsim: Fedsim, run: Path) -> None:
     assert fedsim("resume=run", "rounds=3", "tracker=[jsonl]").status == 0
     assert [r["round"] for r in read_metrics(run)] == [1, 2, 3]
+
+
+def test_a_resume_changes_what_does_not_change_results_and_nothing_else(run: Path) -> None:
+    edit(run / "config.yaml", "threads: 1", "threads: 2")
+    before = load(run / "config.yaml")
+    for overrides, changed in (
+        ([], {}),
+        (["rounds=9", "checkpoint.every=5"], {"rounds": 9, "checkpoint": {**before["checkpoint"], "every": 5}}),
+        (["engine=inline", "tracker=[]"], {"tracker": {}}),  # threads stay: bits follow them
+        (["engine.threads=1", "engine=inline"], {"engine": {**before["engine"], "threads": 1}}),
+        (["~tracker.jsonl"], {"tracker": {}}),
+        (["tracker=[jsonl]", "+engine.new=1"], {"engine": {**before["engine"], "new": 1}}),
+    ):
+        config, path = resume_config([*overrides, f"resume={run}"])
+        assert path == run
+        assert config == {**before, "resume": str(run), **changed}
 
 
 @pytest.mark.parametrize(
@@ -547,19 +503,21 @@ def test_a_run_in_use_is_refused(fedsim: Fedsim, run: Path) -> None:
 # --- disks, signals, pipes: processes of their own --------------------------------------------------------
 
 
-def test_a_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(tmp_path: Path) -> None:
+def test_a_full_disk_loses_nothing_and_the_run_goes_on_when_there_is_room(fedsim: Fedsim, tmp_path: Path) -> None:
     # A file larger than the limit cannot be written; the kernel says so as it does when a disk is full.
     def small_files() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (4_000, resource.RLIM_INFINITY))
 
-    limit = ("model.hidden=[]", "rounds=40", "checkpoint.seconds=0", "partition.num_clients=2")
-    outcome = process(*limit, cwd=tmp_path, preexec_fn=small_files)
-    assert outcome.status == 1, outcome
-    print(outcome.line)
+    args = [*QUICK, "model.hidden=[]", "rounds=4", "checkpoint.seconds=0", "partition.num_clients=2"]
+    outcome = process(*args, cwd=tmp_path, preexec_fn=small_files)
+    assert outcome.status == 1
+    assert re.search(r"cannot write runs/.*/checkpoints/0.*: File too large; raise the limit", outcome.line)
     run = only_run(tmp_path)
     assert not list(run.rglob("*.tmp"))
-    assert process(f"resume={run}", "rounds=2", cwd=tmp_path).status == 0
+    assert fedsim(f"resume={run}").status == 0
+    assert fedsim(*args, "run_dir=whole").status == 0
+    assert read_summary(run)["state_sha256"] == read_summary(only_run(tmp_path / "whole"))["state_sha256"]
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM"])
@@ -579,10 +537,10 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_as_if_it_never_had_been(
 
 
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
-    for args in (["--help"], ["list"], ["list", "strategy"], [*QUICK, "rounds=3"]):
+    for args in (["--help"], ["-m", *QUICK, "rounds=3", "seed=1,2"]):
         shell = f"{shlex.join([sys.executable, '-m', 'fedsim.cli', *args])} | head -1"
         env = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(shell, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(shell, shell=True, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
         assert done.stderr == "" and done.stdout.count("\n") == 1
 
 

@@ -173,9 +173,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 
 @every_engine
-def test_a_run_goes_on_after_its_last_round(
-    name: str, engine: str, plain: Callable[..., Run], tmp_path: Path
-) -> None:
+def test_a_run_goes_on_after_its_last_round(name: str, engine: str, plain: Callable[..., Run], tmp_path: Path) -> None:
     if overrides_finalize(plain().driver.strategy):
         pytest.skip("a finalised model takes no more rounds")
     first = drive(config(name, {"rounds": 1}, engine), tmp_path)

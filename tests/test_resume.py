@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -133,7 +135,7 @@ def choose(moments: Sequence[str], count: int) -> list[int]:
     while len(chosen) < count:
         # The middle of the widest gap.
         points = [-1, *sorted(chosen), len(moments)]
-        a, b = max(zip(points, points[1:], strict=False), key=lambda gap: gap[1] - gap[0])
+        a, b = max(itertools.pairwise(points), key=lambda gap: gap[1] - gap[0])
         chosen.add((a + b) // 2)
     return sorted(chosen)
 
@@ -146,7 +148,7 @@ def choose(moments: Sequence[str], count: int) -> list[int]:
 def test_a_killed_run_resumes_to_the_same_bits(lab: Lab, tmp_path: Path, args: tuple[str, ...], memory: str) -> None:
     args = (*args, f"checkpoint.memory={memory}")
     expected, moments = lab.whole(*args)
-    for moment in choose(moments, 6)[(memory == "disk") :: 2]:
+    for moment in choose(moments, 5)[(memory == "disk") :: 2]:
         root = tmp_path / str(moment)
         lab.kill(root, args, kill=moment)
         assert lab.resume(root, args) == expected, f"killed {moments[moment]}"
@@ -162,17 +164,19 @@ def test_killed_at_twenty_moments(lab: Lab, tmp_path: Path, args: tuple[str, ...
     seconds = time.monotonic() - begin
     rng = random.Random(0)
     plan: list[tuple[str, dict[str, Any]]] = [(moments[m], {"kill": m}) for m in choose(moments, 15)]
-    plan += [(f"after {after:.3f} s", {"after": after}) for after in (rng.uniform(0.1, seconds) for _ in range(5))]
+    plan += [("at a random time", {"after": rng.uniform(0.1, seconds)}) for _ in range(5)]
     same = 0
     print(f"\n{args[-1]}: state_sha256 {expected['summary']['state_sha256'][:16]}, {len(moments)} moments")
     for i, (name, how) in enumerate(plan):
         root, memory = tmp_path / str(i), ("ram", "disk")[i % 2]
-        status = lab.kill(root, [*args, f"checkpoint.memory={memory}"], **how).status
+        while lab.kill(root, [*args, f"checkpoint.memory={memory}"], **how).status == 0:  # it was too late
+            shutil.rmtree(root)
+            how["after"] *= 0.9
         found = lab.resume(root, args)
         same += found == expected
         print(
-            f"  {i + 1:2} {memory:4} killed {name:60} exit {status:3}; resumed: state "
-            f"{found['summary']['state_sha256'][:16]} {'the same' if found == expected else 'ANOTHER'}"
+            f"  {i + 1:2} {memory:4} killed {name:68} state {found['summary']['state_sha256'][:16]} "
+            f"{'the same' if found == expected else 'ANOTHER'}"
         )
     print(f"{args[-1]}: {same} of {len(plan)} the same")
     assert same == len(plan) == 20
@@ -180,9 +184,9 @@ def test_killed_at_twenty_moments(lab: Lab, tmp_path: Path, args: tuple[str, ...
 
 @pytest.mark.slow
 @pytest.mark.parametrize("args", [SCAFFOLD, PHASES], ids=["scaffold", "phases"])
-def test_killed_at_every_second_moment(lab: Lab, tmp_path: Path, args: tuple[str, ...]) -> None:
+def test_killed_at_every_third_moment(lab: Lab, tmp_path: Path, args: tuple[str, ...]) -> None:
     expected, moments = lab.whole(*args)
-    for moment in range(0, len(moments), 2):
+    for moment in range(0, len(moments), 3):
         root = tmp_path / str(moment)
         lab.kill(root, args, kill=moment)
         assert lab.resume(root, args) == expected, f"killed {moments[moment]}"

@@ -1,4 +1,4 @@
-"""Plug-ins that are wrong, each in its own way, and a few that are right; named by `_target_` in tests of the command."""
+"""Plug-ins that are wrong, each in its own way, and one that is interrupted; named by `_target_` in tests."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ class Worker:
         network.train(False)
         point = Point(network, w)
         loss, confusion = 0.0, torch.zeros(classes, classes, dtype=torch.int64)
-        for chunk in rows.split(EVAL_BATCH):
+        for chunk in torch.split(rows, EVAL_BATCH):
             inputs = program.inputs(x.index_select(0, chunk.to(x.device)))
             labels = program.targets(y.index_select(0, chunk.to(y.device)))
             batch = Batch(x=inputs.unsqueeze(0), y=labels.unsqueeze(0), index=chunk.unsqueeze(0), weight=None)

@@ -1,16 +1,18 @@
 """The small networks that federated papers compare on.
 
-Each takes the shape of one input and the number of classes, and computes ``head(features(x))``: ``features`` is a flat
+Each takes the shape of one input and the number of classes, and computes ``head(features(x))``: ``features`` is an
 `nn.Sequential`, ``head`` the last linear layer, so that methods with private heads or layer-wise rules find both.
-Weights are drawn as PyTorch draws them.
+Weights are drawn as PyTorch draws them, unless the model says otherwise.
 """
 
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError
@@ -76,6 +78,29 @@ class MLP(Classifier):
         super().__init__(nn.Sequential(*layers), sizes[-1], num_classes)
 
 
+class TwoNN(MLP):
+    """The TwoNN of the FedLEx code: `MLP` with two equal hidden layers, weights drawn by Xavier's rule.
+
+    157,610 parameters for 24x24 grey images (``data.size=24``) and 10 classes.
+
+    Args:
+        input_shape: Shape of one input; it is flattened.
+        num_classes: Number of classes.
+        hidden: Units of each hidden layer.
+        init: ``xavier_normal`` (see `draw_xavier`), or ``torch``: as PyTorch draws weights.
+
+    Raises:
+        ConfigError: A layer would be empty, or ``init`` is unknown.
+    """
+
+    def __init__(
+        self, input_shape: Sequence[int], num_classes: int, hidden: int = 200, init: str = "xavier_normal"
+    ) -> None:
+        _check_width("hidden", hidden)
+        super().__init__(input_shape, num_classes, (hidden, hidden))
+        _draw(self, init)
+
+
 class CNN(Classifier):
     """The CNN of McMahan et al., 2017, section 3 (https://arxiv.org/abs/1602.05629), for images of any size.
 
@@ -91,13 +116,75 @@ class CNN(Classifier):
     """
 
     def __init__(self, input_shape: Sequence[int], num_classes: int) -> None:
-        channels, height, width = _image("cnn", input_shape, 4)
+        channels, height, width = check_image("cnn", input_shape, 4)
         layers = [
             *(nn.Conv2d(channels, 32, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Conv2d(32, 64, 5, padding=2), nn.ReLU(), nn.MaxPool2d(2)),
             *(nn.Flatten(), nn.Linear(64 * (height // 4) * (width // 4), 512), nn.ReLU()),
         ]
         super().__init__(nn.Sequential(*layers), 512, num_classes)
+
+
+class TwoCNN(Classifier):
+    """The TwoCNN of the AutoFLIP code: `CNN` with other paddings, averaged to 7x7 maps, for images of any size.
+
+    Two 5x5 convolutions (padded by 1), each with ReLU and 2x2 max pooling (padded by 1), then a linear layer with ReLU.
+    1,663,370 parameters for 1 channel and 10 classes, 1,664,970 for 3 channels, whatever the size. With ``hidden=64``
+    and ``fc=2048`` it is the code's FEMNISTCNN: 13,180,734 parameters for 1 channel and 62 classes.
+
+    Args:
+        input_shape: ``(channels, height, width)``, at least 6x6.
+        num_classes: Number of classes.
+        hidden: Channels of the first convolution; the second has twice as many.
+        fc: Units of the linear layer.
+        init: ``xavier_normal`` (see `draw_xavier`), or ``torch``: as PyTorch draws weights.
+
+    Raises:
+        ConfigError: The inputs are no images, or too small; a layer would be empty, or ``init`` is unknown.
+    """
+
+    def __init__(
+        self,
+        input_shape: Sequence[int],
+        num_classes: int,
+        hidden: int = 32,
+        fc: int = 512,
+        init: str = "xavier_normal",
+    ) -> None:
+        _check_width("hidden", hidden)
+        _check_width("fc", fc)
+        channels, _, _ = check_image("twocnn", input_shape, 6)
+        layers = [
+            *(nn.Conv2d(channels, hidden, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2, padding=1)),
+            *(nn.Conv2d(hidden, 2 * hidden, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2, padding=1)),
+            *(AveragePool(7), nn.Flatten(), nn.Linear(2 * hidden * 49, fc), nn.ReLU()),
+        ]
+        super().__init__(nn.Sequential(*layers), fc, num_classes)
+        _draw(self, init)
+
+
+class AveragePool(nn.Module):
+    """`nn.AdaptiveAvgPool2d` whose gradient has the same bits every time, on a GPU too.
+
+    torch's adds atomically there wherever windows overlap, in an order that changes.
+
+    Args:
+        size: Height and width of the result; also larger than those of the input.
+    """
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Means over windows, ``[B, C, size, size]``, of maps ``[B, C, H, W]``."""
+        for dim in (-2, -1):
+            n = x.shape[dim]
+            if n != self.size:
+                # Window i: from floor(i n / size) up to ceil((i + 1) n / size).
+                ends = [(i * n // self.size, -(-(i + 1) * n // self.size)) for i in range(self.size)]
+                x = torch.stack([x.narrow(dim, a, b - a).mean(dim) for a, b in ends], dim)
+        return x
 
 
 class LeNet5(Classifier):
@@ -116,7 +203,7 @@ class LeNet5(Classifier):
     """
 
     def __init__(self, input_shape: Sequence[int], num_classes: int) -> None:
-        channels, height, width = _image("lenet5", input_shape, 12)
+        channels, height, width = check_image("lenet5", input_shape, 12)
         padding = 2 if min(height, width) < 32 else 0
         # A 5x5 convolution without padding takes 4 pixels; each pooling halves what is left.
         rows, columns = (((n + 2 * padding - 4) // 2 - 4) // 2 for n in (height, width))
@@ -128,6 +215,61 @@ class LeNet5(Classifier):
         super().__init__(nn.Sequential(*layers), 84, num_classes)
 
 
+class Blocks5(Classifier):
+    """A plain CNN in five named blocks, for methods that cut a network between blocks.
+
+    Blocks 1 to 3: a 3x3 convolution of 32, 64 and 128 channels (padded to keep the size), ReLU, 2x2 max pooling; block
+    4: 256 ReLU units; block 5: the head. 620,362 parameters for 32x32x3 and 10 classes.
+
+    Args:
+        input_shape: ``(channels, height, width)``, at least 8x8.
+        num_classes: Number of classes.
+
+    Attributes:
+        blocks: Names of the blocks, in order: ``module.get_submodule(name)`` is a block, and ``name + "."`` fits its
+            parameters in a `fedsim.vector.Layout`. Each takes the output of the one before; the last gives the logits.
+
+    Raises:
+        ConfigError: The inputs are no images, or too small.
+    """
+
+    blocks: tuple[str, ...] = (*(f"features.block{i}" for i in range(1, 5)), "head")
+
+    def __init__(self, input_shape: Sequence[int], num_classes: int) -> None:
+        channels, height, width = check_image("blocks5", input_shape, 8)
+        blocks: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, (before, after) in enumerate(pairwise((channels, 32, 64, 128)), start=1):
+            layers = nn.Conv2d(before, after, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)
+            blocks[f"block{i}"] = nn.Sequential(*layers)
+        flat = 128 * (height // 8) * (width // 8)
+        blocks["block4"] = nn.Sequential(nn.Flatten(), nn.Linear(flat, 256), nn.ReLU())
+        super().__init__(nn.Sequential(blocks), 256, num_classes)
+
+
+def draw_xavier(module: nn.Module) -> None:
+    """Draws all weights of linear and convolutional layers anew from Xavier's normal distribution; biases are 0.
+
+    Source: Glorot and Bengio, 2010, https://proceedings.mlr.press/v9/glorot10a.html.
+    """
+    for layer in module.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_normal_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+
+
+def _draw(module: nn.Module, init: str) -> None:
+    if init not in ("torch", "xavier_normal"):
+        raise ConfigError(f"model.init must be torch or xavier_normal, got {init!r}")
+    if init == "xavier_normal":
+        draw_xavier(module)
+
+
+def _check_width(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"model.{name} must be a whole number of at least 1, got {value!r}")
+
+
 def _size(input_shape: Sequence[int]) -> int:
     """Numbers in one input."""
     size = math.prod(input_shape)
@@ -136,7 +278,7 @@ def _size(input_shape: Sequence[int]) -> int:
     return size
 
 
-def _image(model: str, input_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
+def check_image(model: str, input_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
     """Channels, height and width, if they are an image's and it is large enough."""
     if len(input_shape) != 3:
         raise ConfigError(
