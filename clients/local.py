@@ -85,6 +85,7 @@ class Stream:
         epoch: Epochs finished.
         offset: Examples of the current epoch that were used.
         order: The current epoch's examples, ``[n]``, or None before it is drawn.
+        repeats: Whether the order has numbers of n and more, which are examples over again.
         weight: Their weights, ``[n]``, or None.
         optimizer: The optimizer's tensors.
     """
@@ -93,6 +94,7 @@ class Stream:
     epoch: int = 0
     offset: int = 0
     order: Tensor | None = None
+    repeats: bool = False
     weight: Tensor | None = None
     optimizer: dict[str, Tensor] | None = None
 
@@ -413,8 +415,8 @@ class Local:
         """All of the client's examples, not augmented."""
         return self.take(torch.arange(self.n).unsqueeze(0))
 
-    def _gather(self, index: Tensor, weight: Tensor | None) -> Batch:
-        program, i = self._program, index[0]
+    def _gather(self, index: Tensor, weight: Tensor | None, repeats: bool = False) -> Batch:
+        program, i = self._program, index[0] % self.n if repeats else index[0]
         if self._ready is not None:
             i = i if self._ready[0].device == i.device else i.to(self._ready[0].device)
             x, y = self._ready[0].index_select(0, i), self._ready[1].index_select(0, i)
@@ -465,6 +467,10 @@ class Local:
         stream.order, stream.weight = (order[0][0], order[1][0]) if isinstance(order, tuple) else (order[0], None)
         if not len(stream.order):
             raise ClientError(f"`order` selected none of the client's {self.n} examples for epoch {stream.epoch}")
+        stream.repeats = bool((stream.order >= self.n).any())
+        if stream.offset >= len(stream.order):  # a visit ended in mid-epoch, and the order has become shorter since
+            stream.epoch, stream.offset = stream.epoch + 1, 0
+            self._draw(stream)
 
     def _next(self, stream: Stream, size: int | None) -> tuple[Tensor, Tensor | None]:
         """The next minibatch of a stream: numbers within the client's data and weights, ``[1, B]``."""
@@ -556,7 +562,7 @@ class Local:
                 self.lr = base_lr * float(plan.get("lr", 1.0))
                 size = int(plan["batch_size"]) if "batch_size" in plan else options.batch_size
             index, weight = self._next(s, size)
-            batch = self._gather(index, weight)
+            batch = self._gather(index, weight, s.repeats)
             if options.augment:
                 self._augment(batch)
             self._batch = hooks.batch(batch) if hooks.plain_batch else batch

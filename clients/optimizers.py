@@ -1,7 +1,7 @@
 """Local optimizers: functions over ``[C, d]``, one client per row.
 
-With one client and a float learning rate they are `torch.optim.SGD`, `Adam` and `AdamW` on a CPU,
-bit for bit (the operations and their order are those of torch's single-tensor code). They exist
+With one client and a float learning rate they are `torch.optim.SGD`, `Adam`, `AdamW` and `Adagrad` on a
+CPU, bit for bit (the operations and their order are those of torch's single-tensor code). They exist
 because torch.optim takes a second to import at its first use, knows no learning rate per client,
 and keeps its state where neither a checkpoint nor another process can reach it.
 
@@ -273,6 +273,53 @@ class AdamW:
         return _step_adam(w, d, state, lr, self.betas, self.eps, None)
 
 
+@dataclass(frozen=True)
+class Adagrad:
+    """Adagrad (Duchi et al., 2011, https://jmlr.org/papers/v12/duchi11a.html), `torch.optim.Adagrad`.
+
+    State: ``sum`` ``[C, d]``, the squares of all directions so far, and ``step`` (steps made, int64 ``[C, 1]`` on
+    the CPU) if the learning rate decays.
+
+    Attributes:
+        lr_decay: >= 0: at the stream's step t = 0, 1, ... the learning rate is divided by ``1 + t * lr_decay``.
+        weight_decay: >= 0, added to the direction as ``weight_decay * w`` (coupled).
+        initial_accumulator_value: What every coordinate of the sum starts from, >= 0.
+        eps: Added to the root of the sum, >= 0.
+
+    Raises:
+        ConfigError: A value out of range.
+    """
+
+    lr_decay: float = 0.0
+    weight_decay: float = 0.0
+    initial_accumulator_value: float = 0.0
+    eps: float = 1e-10
+
+    def __post_init__(self) -> None:
+        for name in ("lr_decay", "weight_decay", "initial_accumulator_value", "eps"):
+            _check(name, getattr(self, name), 0, math.inf)
+
+    def init(self, w: Tensor) -> State:
+        """See `Optimizer.init`."""
+        state = {"sum": torch.full_like(w, self.initial_accumulator_value)}
+        if self.lr_decay != 0:
+            state["step"] = torch.zeros(len(w), 1, dtype=torch.int64)
+        return state
+
+    def step(self, w: Tensor, d: Tensor, state: State, lr: float | Tensor) -> Tensor:
+        """See `Optimizer.step`."""
+        g = d.add(w, alpha=self.weight_decay) if self.weight_decay != 0 else d
+        root = state["sum"].addcmul_(g, g, value=1).sqrt().add_(self.eps)
+        made = state["step"].add_(1) - 1 if "step" in state else None
+        if not isinstance(lr, Tensor) and (made is None or len(w) == 1):
+            t = 0 if made is None else int(made.item())
+            return w.addcdiv_(g, root, value=-(lr / (1 + t * self.lr_decay)))
+        t_lanes = torch.zeros(len(w), 1, dtype=torch.float64) if made is None else made.to("cpu", torch.float64)
+        divisor = 1 + t_lanes * self.lr_decay
+        rate = _column(lr, w) / _column(divisor, w) if isinstance(lr, Tensor) else _column(lr / divisor, w)
+        return w.addcmul_(torch.div(g, root, out=root), rate, value=-1)
+
+
 # How a number (not a tensor) of an optimizer's state is named and stored: "0.step:int" is int64 [1, 1].
 _NUMBERS: dict[type, torch.dtype] = {bool: torch.bool, int: torch.int64, float: torch.float64}
 _KINDS: dict[str, type] = {kind.__name__: kind for kind in _NUMBERS}
@@ -374,7 +421,7 @@ class TorchOptimizer:
         if len(w) != 1:
             raise ConfigError(
                 f"client.optimizer={self.name} trains clients one by one, but {len(w)} came together; set "
-                "client.batching=false, or use sgd, adam or adamw, which train many clients at once"
+                "client.batching=false, or use sgd, adam, adamw or adagrad, which train many clients at once"
             )
         total = sum(shape.numel() for shape in self.shapes)
         if w.shape[1] != total:

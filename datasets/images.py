@@ -1,8 +1,8 @@
 """Images: labelled image sets of the Hugging Face hub, or of a folder with the hub's Parquet files.
 
-All images of a set must have one size. They are decoded once, into uint8 ``[N, channels, height, width]``, and kept
-in memory as a whole (CIFAR-10: 184 MB) and on disk (see `fedsim.datasets.cache`), from where the next
-run maps them without importing ``datasets``.
+All images of a set must have one size, or are given one (``size``). They are decoded once, into uint8
+``[N, channels, height, width]``, and kept in memory as a whole (CIFAR-10: 184 MB) and on disk (see
+`fedsim.datasets.cache`), from where the next run maps them without importing ``datasets``.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedsim.data import Dataset, Split
+from fedsim.data import Dataset, IntArray, Partition, Split, hold_out
 from fedsim.datasets import cache
-from fedsim.datasets.checks import check_int
+from fedsim.datasets.checks import check_float, check_int
 from fedsim.errors import ConfigError, DataError, did_you_mean
 from fedsim.random import numpy_generator
 
@@ -42,10 +42,15 @@ class Images:
         image: Column of the images.
         label: Column of the classes (a ``ClassLabel``).
         train_split: Name of the split to train on.
-        test_split: Name of the split to test on.
+        test_split: Name of the split to test on; null: a part of ``train_split``, see ``test_fraction``.
+        test_fraction: Where the set has no split to test on: the share of the training examples that is taken for
+            testing, in (0, 1), and null otherwise. It is drawn at random by the run's seed, separately from every
+            value of the (first) natural key, or from every class where there is none: of n examples
+            ``min(round(test_fraction * n), n - 1)``.
         keys: Natural keys of the training examples: name to column. Values that are strings
             become 0, 1, ... in their sorted order.
-        mean: Per-channel mean of images scaled to [0, 1]; null: measured on the training split.
+        size: Height and width that images are resized to (bilinear, by Pillow, as they are decoded); null: as they are.
+        mean: Per-channel mean of images scaled to [0, 1]; null: measured on the training split as it is stored.
         std: Per-channel standard deviation, like ``mean``.
         max_train: Use a random sample of this many training examples; null: all.
         max_test: Use a random sample of this many test examples; null: all.
@@ -58,8 +63,10 @@ class Images:
     image: str = "image"
     label: str = "label"
     train_split: str = "train"
-    test_split: str = "test"
+    test_split: str | None = "test"
+    test_fraction: float | None = None
     keys: Mapping[str, str] = field(default_factory=dict)
+    size: int | None = None
     mean: Sequence[float] | None = None
     std: Sequence[float] | None = None
     max_train: int | None = None
@@ -68,10 +75,19 @@ class Images:
     def __post_init__(self) -> None:
         for name in ("path", "config", "revision", "root", "image", "label", "train_split", "test_split"):
             value = getattr(self, name)
-            if value is None and name in ("config", "revision", "root"):
+            if value is None and name in ("config", "revision", "root", "test_split"):
                 continue
             if not isinstance(value, str) or not value:
                 raise ConfigError(f"data.{name} must be a name, got {value!r}")
+        if self.test_fraction is not None:
+            check_float("data.test_fraction", self.test_fraction, 0.0, 1.0, "the share of examples to test on, or null")
+        if (self.test_split is None) == (self.test_fraction is None):
+            raise ConfigError(
+                "give one of data.test_split and data.test_fraction and set the other to null; got "
+                f"data.test_split={self.test_split} data.test_fraction={self.test_fraction}"
+            )
+        if self.size is not None:
+            check_int("data.size", self.size, 1, "height and width of the images, or null to leave them as they are")
         if not isinstance(self.keys, Mapping) or not all(isinstance(c, str) for c in self.keys.values()):
             raise ConfigError(f"data.keys must map names to columns, such as {{writer: writer_id}}, got {self.keys!r}")
         object.__setattr__(self, "keys", dict(self.keys))
@@ -87,10 +103,12 @@ class Images:
         """Decodes the set, or takes what was decoded before.
 
         Args:
-            seed: The run's seed; it chooses the sample if ``max_train`` or ``max_test`` is set.
+            seed: The run's seed; it chooses the sample if ``max_train`` or ``max_test`` is set, and the examples to
+                test on if ``test_fraction`` is.
 
         Raises:
-            DataError: Files, columns or splits are missing or damaged, or are not labelled images of one size.
+            DataError: Files, columns or splits are missing or damaged, or are not labelled images of one size; or
+                ``test_fraction`` is too little.
         """
         files = None if self.root is None else self._files(Path(self.root).expanduser())
         name, key = self.path.rstrip("/").rsplit("/", 1)[-1], self._key(files)
@@ -104,21 +122,46 @@ class Images:
         mean, std = self.mean or json.loads(about["mean"]), self.std or json.loads(about["std"])
         if len(mean) != channels:
             raise DataError(f"data.mean={mean} has {len(mean)} numbers, but the images have {channels} channels")
-        train = _sample(len(tensors["train_x"]), self.max_train, seed, "train")
-        test = _sample(len(tensors["test_x"]), self.max_test, seed, "test")
+        train: Tensor | slice
+        test: Tensor | slice
+        if self.test_split is None:
+            source, (train, test) = "train", self._cut(tensors, seed)
+            train = train[_sample(len(train), self.max_train, seed, "train")]
+            test = test[_sample(len(test), self.max_test, seed, "test")]
+        else:
+            source = "test"
+            train = _sample(len(tensors["train_x"]), self.max_train, seed, "train")
+            test = _sample(len(tensors["test_x"]), self.max_test, seed, "test")
         return Dataset(
             name=name,
             train=Split(tensors["train_x"][train], tensors["train_y"][train]),
-            test=Split(tensors["test_x"][test], tensors["test_y"][test]),
+            test=Split(tensors[f"{source}_x"][test], tensors[f"{source}_y"][test]),
             class_names=tuple(json.loads(about["class_names"])),
             mean=tuple(mean),
             std=tuple(std),
             keys={k: tensors[f"key_{k}"][train] for k in self.keys},
         )
 
+    def _cut(self, tensors: dict[str, Tensor], seed: int) -> tuple[Tensor, Tensor]:
+        """Rows of the training split to train on, and to test on, in increasing order."""
+        assert self.test_fraction is not None
+        groups = tensors[f"key_{min(self.keys)}"] if self.keys else tensors["train_y"]
+        values, codes = np.unique(groups.numpy(), return_inverse=True)
+        owners: IntArray = codes.astype(np.int64)
+        rng = numpy_generator(seed, "test split")
+        parts = hold_out(Partition.from_owners(owners, len(values)), self.test_fraction, rng)
+        train, test = (torch.from_numpy(np.sort(part.indices)) for part in parts)
+        if not len(test):
+            kind = f"values of '{min(self.keys)}'" if self.keys else "classes"
+            raise DataError(
+                f"data.test_fraction={self.test_fraction} of each of {len(values)} {kind} with "
+                f"{np.bincount(owners).max()} examples or fewer is no test example at all; raise it"
+            )
+        return train, test
+
     def _key(self, files: dict[str, list[Path]] | None) -> str:
         """Hash of all that the decoded set depends on."""
-        columns = [self.image, self.label, sorted(self.keys.items())]
+        columns = [self.image, self.label, sorted(self.keys.items()), self.size]
         if files is None:
             origin: list[Any] = ["hub", self.path, self.config, self.revision, self.train_split, self.test_split]
         else:
@@ -127,7 +170,7 @@ class Images:
         return hashlib.sha256(json.dumps([FORMAT, columns, origin]).encode()).hexdigest()
 
     def _files(self, root: Path) -> dict[str, list[Path]]:
-        """The Parquet files of both splits."""
+        """The Parquet files of every split that is used."""
         own = root / self.path
         configs = [f for f in sorted(own.glob("*")) if _parquet(f)]
         if self.config is not None:
@@ -150,10 +193,11 @@ class Images:
         return {split: _whole(splits[_known("split", name, splits, key, where)]) for split, name, key in self._splits()}
 
     def _splits(self) -> list[tuple[str, str, str]]:
-        return [("train", self.train_split, "data.train_split"), ("test", self.test_split, "data.test_split")]
+        splits = [("train", self.train_split, "data.train_split"), ("test", self.test_split, "data.test_split")]
+        return [(split, name, key) for split, name, key in splits if name is not None]
 
     def _decode(self, files: dict[str, list[Path]] | None) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Tensors of both splits, and what else must be known of them."""
+        """Tensors of every split, and what else must be known of them."""
         hub = self._from_hub() if files is None else None
         tensors: dict[str, Tensor] = {}
         names: dict[str, list[str]] = {}
@@ -168,19 +212,20 @@ class Images:
             if table.num_rows == 0:
                 raise DataError(f"{where} has no examples")
             names[split] = _class_names(features[self.label], self.label, where)
-            tensors[f"{split}_x"] = _images(table.column(self.image), self.image, where)
+            tensors[f"{split}_x"] = _images(table.column(self.image), self.image, where, self.size)
             tensors[f"{split}_y"] = _labels(table.column(self.label), len(names[split]), self.label, where)
             if split == "train":
                 for key, column in self.keys.items():
                     tensors[f"key_{key}"] = _natural_key(table.column(column), key, column, where)
-        if names["train"] != names["test"]:
+        if names["train"] != names.get("test", names["train"]):
             raise DataError(
                 f"the splits of {self.path} name their classes differently: {names['train']}, {names['test']}"
             )
-        shapes = [tuple(tensors[f"{split}_x"].shape[1:]) for split in ("train", "test")]
-        if shapes[0] != shapes[1]:
+        shapes = [tuple(tensors[f"{split}_x"].shape[1:]) for split in names]
+        if shapes[0] != shapes[-1]:
             raise DataError(
-                f"{self.path}: training images are {shapes[0]}, test images {shapes[1]}; make them one size"
+                f"{self.path}: training images are {shapes[0]}, test images {shapes[1]}; "
+                "set data.size, which resizes all, or make them one size first"
             )
         mean, std = _moments(tensors["train_x"])
         about = {"class_names": names["train"], "mean": mean, "std": std}
@@ -209,7 +254,7 @@ class Images:
             raise DataError(f"the files {files[0]} to {files[-1].name} have different columns ({exc})") from exc
 
     def _from_hub(self) -> dict[str, Any]:
-        """Both splits as the hub's library loads them."""
+        """Every split as the hub's library loads it."""
         import datasets
 
         datasets.disable_progress_bars()
@@ -303,8 +348,8 @@ def _natural_key(column: Any, key: str, name: str, where: str) -> Tensor:
     raise DataError(f"data.keys.{key}='{name}' of {where} must hold strings or whole numbers, not {column.type}")
 
 
-def _images(column: Any, name: str, where: str) -> Tensor:
-    """Decodes a column of encoded images into uint8 ``[N, C, H, W]``."""
+def _images(column: Any, name: str, where: str, size: int | None) -> Tensor:
+    """Decodes a column of encoded images into uint8 ``[N, C, H, W]``, resized if there is a ``size``."""
     from concurrent.futures import ThreadPoolExecutor
 
     import pyarrow.compute as pc
@@ -316,16 +361,16 @@ def _images(column: Any, name: str, where: str) -> Tensor:
     if not types.is_binary(column.type) and not types.is_large_binary(column.type):
         raise DataError(f"data.image='{name}' of {where} must hold encoded images, not {column.type}")
     cells: list[bytes | None] = column.to_pylist()
-    first = _pixels(cells[0], paths[0], 0, where)
+    first = _pixels(cells[0], paths[0], 0, where, size)
     images = np.empty((len(cells), *first.shape), dtype=np.uint8)
 
     def decode(start: int) -> None:
         for row in range(start, min(start + 512, len(cells))):
-            pixels = _pixels(cells[row], paths[row], row, where)
+            pixels = _pixels(cells[row], paths[row], row, where, size)
             if pixels.shape != first.shape:
                 raise DataError(
                     f"images of {where} must have one size, but row 0 is {first.shape} and row {row} {pixels.shape} "
-                    "(channels, height, width); resize them first"
+                    "(channels, height, width); set data.size, which resizes all, or make them one size first"
                 )
             images[row] = pixels
 
@@ -335,7 +380,9 @@ def _images(column: Any, name: str, where: str) -> Tensor:
     return torch.from_numpy(images)
 
 
-def _pixels(cell: bytes | None, path: str | None, row: int, where: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def _pixels(
+    cell: bytes | None, path: str | None, row: int, where: str, size: int | None
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
     """One image, ``[C, H, W]``: grey ones have 1 channel, all others 3. Without bytes it is in a file of its own."""
     import io
 
@@ -349,9 +396,12 @@ def _pixels(cell: bytes | None, path: str | None, row: int, where: str) -> np.nd
                 raise DataError(
                     f"row {row} of {where} has more than 8 bits per channel (mode {image.mode}); convert it"
                 )
-            if image.mode in ("1", "L", "LA"):
-                return np.asarray(image if image.mode == "L" else image.convert("L"))[None]
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB")).transpose(2, 0, 1)
+            mode = "L" if image.mode in ("1", "L", "LA") else "RGB"
+            decoded: Image.Image = image if image.mode == mode else image.convert(mode)
+            if size is not None:
+                decoded = decoded.resize((size, size), Image.Resampling.BILINEAR)
+            pixels = np.asarray(decoded)
+            return pixels[None] if mode == "L" else pixels.transpose(2, 0, 1)
     except (OSError, SyntaxError) as exc:
         raise DataError(f"the image in row {row} of {where} cannot be decoded ({exc}); fetch the data again") from exc
 

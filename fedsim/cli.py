@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from fedsim.errors import ConfigError, FedsimError, RunError, did_you_mean, one_line
+from fedsim.rundir import REMEDIES
 
 if TYPE_CHECKING:
     from fedsim.experiment import Experiment
@@ -85,6 +86,7 @@ def line(exc: BaseException) -> str:
         text = "out of memory; lower client.batch_size or the number of clients, or use a machine with more"
     elif isinstance(exc, OSError):
         text = f"{exc.strerror or exc}: {exc.filename}" if exc.filename else str(exc)
+        text += f"; {REMEDIES[exc.errno]}" if exc.errno in REMEDIES else ""
     else:
         text = one_line(exc)
     notes = getattr(exc, "__notes__", None) or ([] if known else [f"with {TRACEBACK}=1 the traceback is shown"])

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import random, tree
+from fedsim.clients.local import ClientOptions
 from fedsim.clients.participation import Participation
 from fedsim.clients.systems import System
 from fedsim.clock import Clock
@@ -166,6 +167,11 @@ class Federation:
     def module(self) -> nn.Module:
         """A new copy of the network, with its initial weights."""
         return self.program.fresh_module()
+
+    @property
+    def options(self) -> ClientOptions:
+        """The ``client`` group: local learning rate, epochs, batch size."""
+        return self.program.options
 
     @property
     def seed(self) -> int:
@@ -427,16 +433,16 @@ class Federation:
             if c != SERVER and not 0 <= c < self.num_clients:
                 raise RunError(f"round {self.round_num}: client {c} does not exist; there are {self.num_clients}")
             if c in self._flights:
-                raise RunError(f"client {c} is still at work on its task {self._flights[c].visit}; wait for its arrival")
+                raise RunError(
+                    f"client {c} is still at work on its task {self._flights[c].visit}; wait for its arrival"
+                )
         if len(set(clients)) < len(clients):
             twice = next(c for c in clients if clients.count(c) > 1)
             raise RunError(
                 f"round {self.round_num}: client {twice} is in the cohort twice; train it once and give it a weight"
             )
 
-    def _payload(
-        self, named: Mapping[str, Any], program: Program | None = None
-    ) -> tuple[dict[str, Any], list[Charge]]:
+    def _payload(self, named: Mapping[str, Any], program: Program | None = None) -> tuple[dict[str, Any], list[Charge]]:
         """What is sent, and per name its bytes and (for `once`) a digest of its content."""
         program = program or self.program
         if "buffers" in named:

@@ -26,7 +26,8 @@ from fedsim.errors import ConfigError, FedsimError, RunError
 
 log = logging.getLogger(__name__)
 
-_REMEDIES = {
+#: What to do about an error of the operating system, by its number.
+REMEDIES = {
     errno.ENOSPC: "free some space, or put the run elsewhere",
     errno.EDQUOT: "your disk quota is used up: free some space, or put the run elsewhere",
     errno.EFBIG: "raise the limit on the size of a file (ulimit -f), or put the run elsewhere",
@@ -40,7 +41,7 @@ _REMEDIES = {
 
 
 def _explain(error: OSError, doing: str, path: Path) -> str:
-    remedy = _REMEDIES.get(error.errno or 0, "check the disk")
+    remedy = REMEDIES.get(error.errno or 0, "check the disk")
     return f"cannot {doing} {path}: {error.strerror or error}; {remedy}"
 
 

@@ -115,8 +115,10 @@ class ClientHalf:
         return {}
 
     def order(self, local: Local, epoch: int) -> Tensor | tuple[Tensor, Tensor]:
-        """The examples of an epoch, as numbers within the client's data, ``[C, n]``; optionally with a
-        weight for each. Default: a random permutation, keyed by the client's position in its stream."""
+        """The examples of an epoch, as numbers within the client's data, ``[C, k]``; optionally with a
+        weight for each. Of a client with n examples, number i of n and more is example i mod n over again; `batch`
+        sees the numbers, and may make others of these. Default: a random permutation, keyed by the client's position
+        in its stream."""
         return local.permutation(epoch)
 
     def batch(self, batch: Batch, local: Local) -> Batch:

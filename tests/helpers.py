@@ -973,3 +973,20 @@ class Lossless(Heads):
 
     def loss(self, model: Model, batch: Batch, local: Local) -> Tensor:
         return local.loss(model, batch)
+
+
+@dataclass(frozen=True)
+class Letters(FedAvg):
+    """Sends every client something of its own: of its own length, of a size of its own, and only once."""
+
+    def unicast(self, state: State, clients: tuple[int, ...]) -> dict[str, Any]:
+        numbers = torch.tensor(clients).to(state.w)
+        return {
+            "rows": [torch.full((i + 1, 2), float(i)) for i in clients],
+            "note": sized(numbers[:, None], 5),
+            "kept": once(numbers[:, None].expand(-1, 4)),
+        }
+
+    def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
+        SEEN.append((local.clients[0], local.sent.rows, local.sent.note, local.sent.kept))
+        return super().finish(w, local)

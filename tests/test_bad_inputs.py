@@ -547,4 +547,11 @@ def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
 def test_a_full_pipe_of_output_is_said(tmp_path: Path) -> None:
     with open("/dev/full", "w") as full:
         outcome = process("list", cwd=tmp_path, stdout=full)
-    assert outcome.status == 1 and "No space left on device" in outcome.line
+    assert outcome.status == 1 and "No space left on device; free some space" in outcome.line
+
+
+def test_pictures_that_cannot_be_written_are_said(fedsim: Fedsim) -> None:
+    outcome = fedsim("partition", "run_dir=/dev/null/x")
+    assert (
+        outcome.status == 1 and "Not a directory: /dev/null/x/partition; a part of the path is a file" in outcome.line
+    )

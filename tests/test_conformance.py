@@ -247,12 +247,21 @@ def test_clients_that_took_no_part_keep_their_memory(
 ) -> None:
     visited: set[int] = set()
     kept = 0
-    train, next_event, round_ = Federation.train, Federation.next_event, Driver._round
+    train, dispatch, next_event, round_ = (
+        Federation.train,
+        Federation.dispatch,
+        Federation.next_event,
+        Driver._round,
+    )
 
     def spy_train(self: Federation, clients: Iterable[int], state: Any, **options: Any) -> Reduced:
         clients = [*clients]
         visited.update(clients)
         return train(self, clients, state, **options)
+
+    def spy_dispatch(self: Federation, client: int, *args: Any, **options: Any) -> int:
+        visited.add(client)
+        return dispatch(self, client, *args, **options)
 
     def spy_event(self: Federation) -> federation.Event:
         event = next_event(self)
@@ -273,6 +282,7 @@ def test_clients_that_took_no_part_keep_their_memory(
         return record
 
     monkeypatch.setattr(Federation, "train", spy_train)
+    monkeypatch.setattr(Federation, "dispatch", spy_dispatch)
     monkeypatch.setattr(Federation, "next_event", spy_event)
     monkeypatch.setattr(Driver, "_round", spy_round)
     drive(config(name, {"rounds": 4}), tmp_path)

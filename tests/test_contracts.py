@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +418,19 @@ def test_each_client_may_have_a_model_of_its_own(tmp_path: Path) -> None:
     assert run.driver.params_sha256() != before
 
 
+def test_payloads_of_clients_may_be_ragged_sized_and_sent_once(tmp_path: Path, seen: list[Any]) -> None:
+    # Client i gets i + 1 rows of its own (a list, one tensor each), a vector that says its size, and one sent once.
+    run = drive(configured("Letters", {"rounds": 3, "participation": ALL}), tmp_path)
+    d = run.driver.exp.program.layout.d
+    for client, rows, note, kept in seen:
+        assert rows.shape == (1, client + 1, 2)
+        assert float(rows.unique()) == float(note) == client
+        assert kept.shape == (1, 4)
+    assert len(seen) == 21
+    always = 7 * (4 * d + 5) + sum(4 * 2 * (i + 1) for i in range(7))
+    assert [r["bytes_down"] for r in run.records] == [always + 7 * 16, always, always]
+
+
 # --- the server's own data --------------------------------------------------------------------------------
 
 
@@ -531,7 +545,14 @@ def test_a_task_may_only_pass_time(tmp_path: Path) -> None:
     assert fed.dispatch(2, state, train=False) == 50_000_000
     event = fed.next_event()
     assert (event.client, event.update, event.time) == (2, None, 50_000_000)
-    assert fed.memory.clients() == [2] and fed.memory.get([2])[0].keys() == {"task.count"}  # its tasks, counted
+    assert fed.memory.clients() == [2]
+    assert fed.memory.get([2])[0].keys() == {"task.count"}  # its tasks, counted
+    assert fed.done.steps == fed.done.bytes_up == 0
+    fed.dispatch(2, state, steps=1)
+    event = fed.next_event()
+    assert event.time == 60_000_000
+    assert event.update is not None
+    assert fed.done.steps == 1
 
 
 # --- recipes inside strategies ----------------------------------------------------------------------------
@@ -676,6 +697,12 @@ def test_clients_may_train_a_narrower_network(tmp_path: Path) -> None:
     torch.testing.assert_close(run.w[keep], expected, rtol=1e-4, atol=1e-6)
 
 
+def test_a_strategy_may_read_the_clients_options(tmp_path: Path) -> None:
+    exp = build(configured("fedavg", {"client.lr": 0.03, "client.batch_size": 9}))
+    options = federation(exp, tmp_path).options
+    assert (options.lr, options.epochs, options.batch_size) == (0.03, 1, 9)
+
+
 # --- the end of a run -------------------------------------------------------------------------------------
 
 
@@ -760,6 +787,27 @@ def test_local_statistics_count_as_what_is_evaluated(tmp_path: Path) -> None:
     assert personal_loss(run, client) == pytest.approx(F.cross_entropy(module.eval()(x), y).item(), rel=1e-4)
     run.memory.put([client], [{**row, "buffers.local": row["buffers.local"] + 1}])
     assert run.driver.params_sha256() != before
+
+
+def test_the_hash_of_the_state_covers_all_that_a_resume_restores(tmp_path: Path) -> None:
+    run = drive(configured("feddyn", {"client.keep_optimizer": True}), tmp_path)
+    driver, client = run.driver, run.memory.clients()[0]
+    (row,) = run.memory.get([client])
+    assert {"strategy.h", "stream.train", "stream.train.opt.momentum"} <= row.keys()
+    hashes = {driver.state_sha256()}
+    for name in row:  # the dual, the position in the stream, the momentum
+        run.memory.put([client], [{**row, name: row[name] + 1}])
+        hashes.add(driver.state_sha256())
+    run.memory.put([client], [row])
+    assert driver.state_sha256() == run.state_sha256
+    driver.progress.state = replace(run.state, H=run.state.H + 1)
+    hashes.add(driver.state_sha256())
+    driver.progress.state = run.state
+    driver.fed.timer(driver.fed.now + 1, "tag")
+    hashes.add(driver.state_sha256())
+    driver.fed.next_event()
+    hashes.add(driver.state_sha256())
+    assert len(hashes) == 1 + len(row) + 3
 
 
 # --- the federation's own refusals ------------------------------------------------------------------------

@@ -330,6 +330,110 @@ def test_a_sample_is_seeded_and_keeps_rows_together(grey: tuple[Path, Any, list[
     assert len(Images(**options, max_train=100).load(0).train) == 12
 
 
+# Images, resized
+
+
+def resized(channel: np.ndarray[Any, Any], size: int) -> np.ndarray[Any, Any]:
+    """One side after the other: a triangle as wide as two old pixels or two new ones, whichever is more."""
+    for axis in (1, 0):
+        n = channel.shape[axis]
+        scale = n / size
+        centres, places = (np.arange(size) + 0.5) * scale, np.arange(n) + 0.5
+        weights = np.maximum(1 - np.abs(places - centres[:, None]) / max(scale, 1.0), 0.0)
+        weights /= weights.sum(axis=1, keepdims=True)
+        channel = np.moveaxis(np.tensordot(weights, channel, axes=(1, axis)), 0, axis)
+    return channel
+
+
+@pytest.mark.parametrize("size", [3, 5, 6, 11])
+def test_images_are_resized_bilinearly(tmp_path: Path, size: int) -> None:
+    train, test = random_images(4, 6, 10, 3), random_images(2, 6, 10, 3, seed=1)
+    root = write(tmp_path / "set", *(make_split([png(p) for p in x], [0] * len(x), ["one"]) for x in (train, test)))
+    data = Images(path="x/y", root=str(root), size=size).load(0)
+    assert data.train.x.shape == (4, 3, size, size)
+    for images, split in ((train, data.train), (test, data.test)):
+        for image, got in zip(images, split.x, strict=True):
+            for c in range(3):
+                # Pillow rounds to whole numbers after each side.
+                np.testing.assert_allclose(got[c].numpy(), resized(image[..., c].astype(float), size), atol=1.01)
+    np.testing.assert_allclose(data.mean, data.train.x.numpy().mean(axis=(0, 2, 3)) / 255, rtol=1e-12)
+
+
+def test_images_of_several_sizes_can_be_resized_to_one(tmp_path: Path) -> None:
+    cells = [png(np.full(shape, 7 * shape[0], dtype=np.uint8)) for shape in ((4, 4), (9, 5), (2, 8))]
+    write(tmp_path, make_split(cells, [0, 0, 0], ["a"]), make_split(cells[:1], [0], ["a"]))
+    data = Images(path="x/y", root=str(tmp_path), size=6).load(0)
+    for image, shade in zip(data.train.x, (28, 63, 14), strict=True):
+        assert (image == shade).all()  # one shade stays that shade
+
+
+def test_each_size_has_a_cache_of_its_own(grey: tuple[Path, Any, Any], own_cache: Path) -> None:
+    root, train, _ = grey
+    for size, shape in ((None, (1, 6, 5)), (4, (1, 4, 4)), (None, (1, 6, 5)), (6, (1, 6, 6)), (4, (1, 4, 4))):
+        assert Images(path="me/set", root=str(root), size=size).load(0).train.x.shape[1:] == shape
+    assert len(list(own_cache.iterdir())) == 3
+    np.testing.assert_array_equal(Images(path="me/set", root=str(root)).load(0).train.x[:, 0].numpy(), train)
+
+
+# Images, a split to test on where the set has none
+
+
+@pytest.mark.parametrize("key", ["writer", None])
+@pytest.mark.parametrize("fraction", [0.1, 0.34, 0.5, 0.9])
+def test_a_part_of_every_writer_or_class_is_for_testing(
+    grey: tuple[Path, Any, list[int]], key: str | None, fraction: float
+) -> None:
+    root, train, labels = grey
+    (root / "me/set/plain/test-00000-of-00001.parquet").unlink()
+    # `page` is a second key, and another value for each example: the first in the alphabet counts, here `a_writer`.
+    keys = {"page": "page", "a_writer": "writer_id"} if key else {}
+    options: dict[str, Any] = {"path": "me/set", "root": str(root), "test_split": None, "keys": keys}
+    data = Images(**options, test_fraction=fraction).load(0)
+    pixels = [image.tobytes() for image in train]
+    rows = [[pixels.index(image.numpy().tobytes()) for image in split.x] for split in (data.train, data.test)]
+    assert sorted(rows[0] + rows[1]) == list(range(12))
+    assert all(row == sorted(row) for row in rows)
+    assert [data.train.y.tolist(), data.test.y.tolist()] == [[labels[i] for i in row] for row in rows]
+    groups = [0, 2, 0, 1, 1, 2, 2, 2, 0, 1, 1, 1] if key else labels  # w10, w2, w9
+    for group in range(3):
+        n = groups.count(group)
+        assert sum(groups[i] == group for i in rows[1]) == min(round(fraction * n), n - 1)
+    if key:
+        assert data.keys["a_writer"].tolist() == [groups[i] for i in rows[0]]
+        assert data.keys["page"].tolist() == [40 + i for i in rows[0]]
+
+
+def test_which_examples_are_for_testing_depends_on_the_seed_alone(grey: tuple[Path, Any, Any]) -> None:
+    options: dict[str, Any] = {"path": "me/set", "root": str(grey[0]), "test_split": None, "test_fraction": 0.4}
+    tests = [Images(**options).load(seed).test.x for seed in (0, 0, 1, 2, 3)]
+    assert torch.equal(tests[0], tests[1])
+    assert any(not torch.equal(tests[0], other) for other in tests[2:])
+    sample = Images(**options, max_train=3, max_test=2, keys={"page": "page"}).load(0)
+    assert (len(sample.train), len(sample.test), len(sample.keys["page"])) == (3, 2, 3)
+    both = torch.cat([sample.train.x, sample.test.x])
+    assert len(torch.unique(both, dim=0)) == 5  # no example is in both
+
+
+def test_every_example_is_for_testing_equally_often(grey: tuple[Path, Any, Any]) -> None:
+    root, train, _ = grey
+    images = Images(path="me/set", root=str(root), test_split=None, test_fraction=0.5, keys={"writer": "writer_id"})
+    times, runs = np.zeros(12), 300
+    pixels = [image.tobytes() for image in train]
+    for seed in range(runs):
+        for image in images.load(seed).test.x:
+            times[pixels.index(image.numpy().tobytes())] += 1
+    share = np.array([2 / 3, 0.5, 2 / 3, 2 / 5, 2 / 5, 0.5, 0.5, 0.5, 2 / 3, 2 / 5, 2 / 5, 2 / 5])
+    assert (np.abs(times / runs - share) < 5 * np.sqrt(share * (1 - share) / runs)).all()
+
+
+def test_a_test_fraction_of_nothing_is_refused(grey: tuple[Path, Any, Any]) -> None:
+    options: dict[str, Any] = {"path": "me/set", "root": str(grey[0]), "test_split": None, "test_fraction": 0.1}
+    with pytest.raises(DataError, match=r"data\.test_fraction=0\.1 of each of 3 classes with 4 examples or fewer"):
+        Images(**options).load(0)
+    with pytest.raises(DataError, match=r"0\.1 of each of 3 values of 'writer' with 5 .*no test example at all"):
+        Images(**options, keys={"writer": "writer_id"}).load(0)
+
+
 # Images, the cache
 
 
@@ -502,6 +606,13 @@ def test_splits_that_do_not_fit_each_other_are_refused(tmp_path: Path) -> None:
         ({"mean": [0.5]}, "mean"),
         ({"mean": [0.5], "std": [0.0]}, "std"),
         ({"mean": [0.5], "std": [0.5, 0.5]}, "mean"),
+        ({"test_split": ""}, "test_split"),
+        ({"test_split": None}, "test_split and data.test_fraction"),
+        ({"test_fraction": 0.1}, "test_split and data.test_fraction"),
+        ({"test_split": None, "test_fraction": 1.0}, "test_fraction"),
+        ({"test_split": None, "test_fraction": 0}, "test_fraction"),
+        ({"size": 0}, "size"),
+        ({"size": [24, 24]}, "size"),
         ({"max_train": 0}, "max_train"),
         ({"max_test": 1.5}, "max_test"),
     ],
@@ -540,6 +651,69 @@ def test_a_set_of_the_hub_is_the_same_as_its_files(
         Images(**options, test_split="val").load(0)
 
 
+def test_a_set_of_the_hub_may_have_one_split_only(grey: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    (file,) = grey[0].rglob("train*.parquet")
+    train = datasets.Dataset.from_parquet(str(file))
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.DatasetDict({"train": train}))
+    keys = {"writer": "writer_id"}
+    options: dict[str, Any] = {"path": "me/set", "test_split": None, "test_fraction": 0.5, "keys": keys}
+    here, there = Images(**options, root=str(grey[0])).load(3), Images(**options).load(3)
+    assert torch.equal(here.train.x, there.train.x)
+    assert torch.equal(here.test.x, there.test.x)
+    with pytest.raises(DataError, match=r"data\.test_split='test' is no split of me/set.*it has: train"):
+        Images(path="me/set").load(0)
+
+
+def configured(name: str, **options: Any) -> Images:
+    """The set of a config file, as the platform builds it."""
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    config: Any = OmegaConf.load(ROOT / "conf" / "data" / f"{name}.yaml")
+    for key in CORE["data"]:
+        config.pop(key)
+    images: Images = instantiate(config, **options, _convert_="all")
+    return images
+
+
+def test_the_configs_name_the_columns_of_the_hub(tmp_path: Path) -> None:
+    import datasets
+
+    colour, grey = random_images(4, 32, 32, 3), random_images(10, 28, 28)
+    columns = {"img": datasets.Image(), "fine_label": datasets.ClassLabel(100), "coarse_label": datasets.ClassLabel(20)}
+    for split in ("train", "test"):
+        rows = {"img": [{"bytes": png(p), "path": None} for p in colour], "fine_label": [99, 0, 7, 7]}
+        path = tmp_path / "uoft-cs/cifar100/cifar100" / f"{split}-00000-of-00001.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        table = {**rows, "coarse_label": [0, 19, 1, 1]}
+        datasets.Dataset.from_dict(table, features=datasets.Features(columns)).to_parquet(path)
+    data = configured("cifar100", root=str(tmp_path)).load(0)
+    assert (data.num_classes, data.train.y.tolist(), data.train.x.shape) == (100, [99, 0, 7, 7], (4, 3, 32, 32))
+    data = configured("cifar100", root=str(tmp_path), keys={"superclass": "coarse_label"}).load(0)
+    assert data.keys["superclass"].tolist() == [0, 19, 1, 1]
+
+    columns = {
+        "image": datasets.Image(),
+        "writer_id": datasets.Value("string"),
+        "hsf_id": datasets.Value("int64"),
+        "character": datasets.ClassLabel(62),
+    }
+    table = {
+        "image": [{"bytes": png(p), "path": None} for p in grey],
+        "writer_id": ["f0000_14"] * 5 + ["f0001_41"] * 5,
+        "hsf_id": [0] * 10,
+        "character": list(range(52, 62)),
+    }
+    path = tmp_path / "flwrlabs/femnist/data/train-00000-of-00001.parquet"
+    path.parent.mkdir(parents=True)
+    datasets.Dataset.from_dict(table, features=datasets.Features(columns)).to_parquet(path)
+    data = configured("femnist", root=str(tmp_path), test_fraction=0.2).load(0)
+    assert (data.num_classes, len(data.train), len(data.test)) == (62, 8, 2)
+    assert torch.bincount(data.keys["writer"]).tolist() == [4, 4]
+
+
 def test_images_that_the_hub_left_in_files_of_their_own_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -573,10 +747,14 @@ def test_a_hub_out_of_reach_is_one_clear_line(monkeypatch: pytest.MonkeyPatch) -
 
 def test_femnist_has_its_writers(own_cache: Path) -> None:
     root = real_data("flwrlabs/femnist")
-    data = Images(path="flwrlabs/femnist", root=str(root), label="character", keys={"writer": "writer_id"}).load(0)
+    data = configured("femnist", root=str(root), test_split="test", test_fraction=None).load(0)
     assert (len(data.train), len(data.test), data.num_classes) == (14_708, 1_685, 62)
     sizes = torch.bincount(data.keys["writer"])
     assert [len(sizes), *(int(f(sizes)) for f in (torch.min, torch.median, torch.max))] == [105, 4, 152, 165]
+    cut = configured("femnist", root=str(root)).load(0)  # as if there were no split to test on
+    held = [min(round(0.1 * n), n - 1) for n in sizes.tolist()]
+    assert (len(cut.train), len(cut.test)) == (14_708 - sum(held), sum(held))
+    assert torch.equal(torch.bincount(cut.keys["writer"]), sizes - torch.tensor(held))
 
 
 def test_pneumonia_counts_are_the_published_ones(own_cache: Path) -> None:
@@ -588,17 +766,15 @@ def test_pneumonia_counts_are_the_published_ones(own_cache: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10"])
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
 def test_configured_means_are_those_of_the_images(name: str) -> None:
-    from omegaconf import OmegaConf
-
-    config: Any = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / "data" / f"{name}.yaml"))
-    options = {k: v for k, v in config.items() if k not in ("_target_", "augment", "validation")}
-    data = Images(**{**options, "root": str(real_data(config["path"])), "mean": None, "std": None}).load(0)
-    assert (len(data.test), data.num_classes) == (10_000, 10)
-    np.testing.assert_allclose(data.mean, config["mean"], atol=6e-5)
-    np.testing.assert_allclose(data.std, config["std"], atol=6e-5)
-    assert (torch.bincount(data.train.y) > 5000 - 1).all()
+    config = configured(name)
+    assert config.mean is not None and config.std is not None
+    data = configured(name, root=str(real_data(config.path)), mean=None, std=None).load(0)
+    assert (len(data.test), data.num_classes) == (10_000, 100 if name == "cifar100" else 10)
+    np.testing.assert_allclose(data.mean, config.mean, atol=6e-5)
+    np.testing.assert_allclose(data.std, config.std, atol=6e-5)
+    assert (torch.bincount(data.train.y) >= 50_000 // data.num_classes).all()
 
 
 # Augmentations

@@ -202,6 +202,46 @@ def test_an_order_may_weigh_examples(seen: list[Any]) -> None:
     assert float(found) == pytest.approx(w, rel=1e-14)
 
 
+def test_an_order_may_ask_for_more_examples_than_there_are(seen: list[Any]) -> None:
+    # Number i >= n is example i mod n over again; the batch hook can tell them apart, to make synthetic ones of them.
+    n = 1442
+
+    class Extended(ClientHalf):
+        def order(self, local: Local, epoch: int) -> Tensor:
+            return torch.arange(n - 3, n + 5)[None]
+
+        def batch(self, batch: Batch, local: Local) -> Batch:
+            helpers.SEEN.append((batch.index[0].tolist(), batch.x[0].clone(), batch.y[0].tolist()))
+            return batch
+
+    exp = experiment()
+    local, (x, y) = local_of(exp), examples_of(exp, 0)
+    local.train(local.start, half=Extended(), epochs=1)
+    ((index, inputs, labels),) = seen
+    rows = [n - 3, n - 2, n - 1, 0, 1, 2, 3, 4]
+    assert index == [*range(n - 3, n + 5)]
+    assert labels == y[rows].tolist()
+    torch.testing.assert_close(inputs, x[rows], rtol=1e-6, atol=1e-6)
+
+
+def test_an_order_may_become_shorter_in_mid_epoch(seen: list[Any]) -> None:
+    class Shrinking(ClientHalf):
+        def order(self, local: Local, epoch: int) -> Tensor:
+            return torch.arange(600 if local.round < 2 else 300)[None]
+
+        def batch(self, batch: Batch, local: Local) -> Batch:
+            helpers.SEEN.append(batch.index[0].tolist())
+            return batch
+
+    exp = experiment()
+    first = local_of(exp)
+    first.train(first.start, half=Shrinking(), steps=2)  # 400 of 600
+    second = local_of(exp, memory=first.rows(first.start))
+    second.round = 2
+    second.train(second.start, half=Shrinking(), steps=2)
+    assert seen == [[*range(200)], [*range(200, 400)], [*range(200)], [*range(200, 300)]]
+
+
 def test_a_batch_hook_may_leave_examples_out(seen: list[Any]) -> None:
     exp = experiment(recipes={"Keep": {"below": 300}})
     local, (x, y) = local_of(exp), examples_of(exp, 0)
@@ -282,10 +322,13 @@ class Constant(ClientHalf):
     """A loss with a teacher: the network at another point, which must not disturb the gradient."""
 
     def loss(self, model: Model, batch: Batch, local: Local) -> Tensor:
-        student = model(batch.x)
         teacher = local.at(local.start + 0.1)(batch.x)
+        student = model(batch.x)
+        again = local.at(local.start + 0.1)(batch.x[:, :1])
+        assert not again.requires_grad
         assert not teacher.requires_grad
-        return local.task_loss(student, batch.y) + (student.softmax(-1) - teacher.softmax(-1)).square().sum(-1)
+        distance: Tensor = (student.softmax(-1) - teacher.softmax(-1)).square().sum(-1)
+        return local.task_loss(student, batch.y) + distance
 
 
 @pytest.mark.parametrize("model", ["fedsim.models.standard.MLP", "tests.helpers.Normed"])
@@ -300,7 +343,7 @@ def test_the_network_at_another_point_is_a_constant_in_evaluation_mode(model: st
     module, teacher = module_of(exp).train(step), module_of(exp, exp.program.network.initial + 0.1).eval()
     p = teacher(x).softmax(-1).detach()
     z = module(x)
-    (F.cross_entropy(z, y) + (z.softmax(-1) - p).square().sum(-1).mean()).backward()  # type: ignore[no-untyped-call]
+    (F.cross_entropy(z, y) + (z.softmax(-1) - p).square().sum(-1).mean()).backward()
     expected = torch.cat([t.grad.reshape(-1) for t in module.parameters() if t.grad is not None])
     torch.testing.assert_close(found[0], expected, rtol=1e-3, atol=1e-5)
     plain = local.grad(local.start, local.examples())

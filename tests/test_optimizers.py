@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from fedsim.clients.ops import clip, unit
-from fedsim.clients.optimizers import SGD, Adam, AdamW, Optimizer, TorchOptimizer
+from fedsim.clients.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, TorchOptimizer
 from fedsim.errors import ConfigError
 
 SHAPES = [torch.Size(s) for s in [(7, 3), (5,), (), (2, 3, 5), (129,), (1, 17), (0, 4), (31, 11)]]
@@ -50,6 +50,15 @@ CASES: list[tuple[Optimizer, Callable[..., torch.optim.Optimizer]]] = [
     (AdamW(), functools.partial(torch.optim.AdamW)),
     (AdamW(weight_decay=0.0), functools.partial(torch.optim.AdamW, weight_decay=0.0)),
     (AdamW(weight_decay=0.3, amsgrad=True), functools.partial(torch.optim.AdamW, weight_decay=0.3, amsgrad=True)),
+    (Adagrad(), functools.partial(torch.optim.Adagrad)),
+    (Adagrad(lr_decay=0.3), functools.partial(torch.optim.Adagrad, lr_decay=0.3)),
+    (Adagrad(initial_accumulator_value=0.1), functools.partial(torch.optim.Adagrad, initial_accumulator_value=0.1)),
+    (
+        Adagrad(lr_decay=0.01, weight_decay=0.1, initial_accumulator_value=1e-3, eps=1e-4),
+        functools.partial(
+            torch.optim.Adagrad, lr_decay=0.01, weight_decay=0.1, initial_accumulator_value=1e-3, eps=1e-4
+        ),
+    ),
 ]
 IDS = [repr(ours) for ours, _ in CASES]
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
@@ -206,6 +215,19 @@ def test_sgd_with_momentum_matches_the_closed_form_of_a_constant_direction() -> 
     torch.testing.assert_close(w, expected)
 
 
+@pytest.mark.parametrize("decay", [0.0, 0.5])
+def test_adagrad_matches_the_closed_form_of_a_constant_direction(decay: float) -> None:
+    # The sum is a + (t + 1) d^2 at step t, hence w_n = w_0 - lr sum_t d / ((1 + t decay) sqrt(a + (t + 1) d^2)).
+    a, lr, n = 0.25, 0.1, 8
+    w, d = torch.tensor([[1.0, -2.0]], dtype=torch.float64), torch.tensor([[3.0, -1.0]], dtype=torch.float64)
+    expected = w - lr * sum(d / ((1 + t * decay) * (a + (t + 1) * d**2) ** 0.5) for t in range(n))
+    optimizer = Adagrad(lr_decay=decay, initial_accumulator_value=a, eps=0.0)
+    state = optimizer.init(w)
+    for _ in range(n):
+        optimizer.step(w, d, state, lr)
+    torch.testing.assert_close(w, expected)
+
+
 def test_learning_rate_must_have_one_row_per_client() -> None:
     w = torch.zeros(3, 3)
     with pytest.raises(ValueError, match=r"shape \[3, 1\], got \[3\]"):
@@ -229,6 +251,10 @@ def test_learning_rate_must_have_one_row_per_client() -> None:
         (lambda: Adam(eps=-1e-8), r"client\.eps"),
         (lambda: AdamW(weight_decay=-1), r"client\.weight_decay"),
         (lambda: AdamW(amsgrad=None), r"client\.amsgrad"),  # type: ignore[arg-type]
+        (lambda: Adagrad(lr_decay=-0.1), r"client\.lr_decay must be a number in \[0, inf\), got -0\.1"),
+        (lambda: Adagrad(initial_accumulator_value=-1), r"client\.initial_accumulator_value"),
+        (lambda: Adagrad(eps=math.nan), r"client\.eps"),
+        (lambda: Adagrad(weight_decay=-1), r"client\.weight_decay"),
     ],
 )
 def test_impossible_settings_are_refused_by_config_key(make: Callable[[], object], message: str) -> None:
@@ -247,10 +273,10 @@ def test_our_optimizers_do_not_build_a_torch_optimizer() -> None:
     # torch.optim's first use imports torch._dynamo, which takes a second.
     code = """
 import sys, torch
-from fedsim.clients.optimizers import SGD, Adam
+from fedsim.clients.optimizers import SGD, Adagrad, Adam
 before = set(sys.modules)
 w = torch.ones(1, 3)
-for optimizer in (SGD(momentum=0.9), Adam()):
+for optimizer in (SGD(momentum=0.9), Adam(), Adagrad(lr_decay=0.1)):
     optimizer.step(w, w.clone(), optimizer.init(w), 0.1)
 assert not {m for m in set(sys.modules) - before if m.startswith("torch")}, set(sys.modules) - before
 """

@@ -18,6 +18,8 @@ from fedsim.datasets.dirichlet_balanced import DirichletBalanced, fill
 from fedsim.datasets.iid import IID
 from fedsim.datasets.natural import Natural
 from fedsim.datasets.pathological import Pathological, deal
+from fedsim.datasets.quantity import Quantity
+from fedsim.datasets.shards import Shards
 from fedsim.errors import ConfigError, DataError
 
 SETTINGS = settings(deadline=None, derandomize=True, max_examples=60)
@@ -71,7 +73,16 @@ def test_every_example_belongs_to_exactly_one_client_and_no_client_is_empty(
 
 @pytest.mark.parametrize(
     "partitioner",
-    [IID(7), Dirichlet(7, 0.5), DirichletBalanced(7, 0.5), Pathological(7, 2), Natural(num_clients=7)],
+    [
+        IID(7),
+        Dirichlet(7, 0.5),
+        DirichletBalanced(7, 0.5),
+        Pathological(7, 2),
+        Shards(7, 3),
+        Quantity(7),
+        Quantity(7, "powerlaw"),
+        Natural(num_clients=7),
+    ],
     ids=lambda p: type(p).__name__,
 )
 def test_the_seed_and_nothing_else_decides(partitioner: Partitioner) -> None:
@@ -90,7 +101,9 @@ def test_a_million_clients_are_two_arrays() -> None:
     assert (partition.sizes().min(), partition.sizes().max()) == (1, 2)
 
 
-@pytest.mark.parametrize("make", [lambda k: IID(k), lambda k: Dirichlet(k, 1.0), lambda k: DirichletBalanced(k, 1.0)])
+@pytest.mark.parametrize(
+    "make", [lambda k: IID(k), lambda k: Dirichlet(k, 1.0), lambda k: DirichletBalanced(k, 1.0), lambda k: Quantity(k)]
+)
 def test_more_clients_than_examples_are_refused_with_both_numbers(make: Any) -> None:
     with pytest.raises(DataError, match=r"partition\.num_clients=11 .*only 10"):
         make(11)(np.zeros(10, dtype=np.int64), {}, rng())
@@ -109,6 +122,14 @@ def test_more_clients_than_examples_are_refused_with_both_numbers(make: Any) -> 
         (lambda: Dirichlet(3, 1.0, 0), "partition.min_size"),
         (lambda: DirichletBalanced(3, 0), "partition.alpha"),
         (lambda: Pathological(3, 0), "partition.classes_per_client"),
+        (lambda: Shards(0), "partition.num_clients"),
+        (lambda: Shards(3, 0), "partition.shards_per_client"),
+        (lambda: Quantity(0), "partition.num_clients"),
+        (lambda: Quantity(3, "log-normal"), "partition.law"),
+        (lambda: Quantity(3, sigma=-1.0), "partition.sigma"),
+        (lambda: Quantity(3, sigma=math.inf), "partition.sigma"),
+        (lambda: Quantity(3, "powerlaw", exponent=math.nan), "partition.exponent"),
+        (lambda: Quantity(3, min_size=0), "partition.min_size"),
         (lambda: Natural(3), "partition.key"),  # type: ignore[arg-type]
         (lambda: Natural(num_clients=0), "partition.num_clients"),
         (lambda: Natural(min_size=-1), "partition.min_size"),
@@ -274,6 +295,147 @@ def test_pathological_treats_all_class_pairs_alike() -> None:
 def test_pathological_refuses_with_the_numbers(k: int, c: int, pools: list[int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         Pathological(k, c)(np.repeat(np.arange(len(pools)), pools), {}, rng())
+
+
+# Shards
+
+
+@SETTINGS
+@given(drawn=labels_and_clients(), data=st.data())
+def test_shards_are_equal_runs_of_the_sorted_examples(drawn: tuple[IntArray, int], data: st.DataObject) -> None:
+    labels, k = drawn
+    n, s = len(labels), data.draw(st.integers(1, len(labels) // k))
+    partition = Shards(k, s)(labels, {}, rng(s))
+    assert_is_partition_of_all(partition, n, k)
+    small = n // (k * s)
+    assert s * small <= partition.sizes().min()
+    assert partition.sizes().max() <= s * -(-n // (k * s))
+    # A class may be whole in one client's hands, but has owners enough for its examples, and not more than its shards.
+    for c in np.unique(labels):
+        owners = sum((labels[partition[i]] == c).any() for i in range(k))
+        pool = (labels == c).sum()
+        assert owners <= pool // small + 2
+        assert owners * s * -(-n // (k * s)) >= pool
+    if np.unique(labels, return_counts=True)[1].min() >= -(-n // (k * s)):
+        assert max(len(np.unique(labels[partition[i]])) for i in range(k)) <= 2 * s
+
+
+def test_shards_are_those_of_the_paper() -> None:
+    # 60,000 examples of ten equal classes, 100 clients: 200 shards of 300, each of one class.
+    labels = rng(1).permutation(np.repeat(np.arange(10), 6000))
+    partition = Shards(100, 2)(labels, {}, rng())
+    counts = np.array([np.bincount(labels[partition[i]], minlength=10) for i in range(100)])
+    assert set(counts.ravel()) <= {0, 300, 600}
+    assert (partition.sizes() == 600).all()
+
+
+def test_shards_are_dealt_at_random() -> None:
+    # 4 shards of each of 3 classes, two per client: both are of one class with probability 3/11, whoever it is;
+    # and an example goes to any client with probability 1/6.
+    labels, runs, stream = np.repeat(np.arange(3), 8), 3000, rng(10)
+    pure, mine = np.zeros(6), np.zeros(6)
+    for _ in range(runs):
+        partition = Shards(6, 2)(labels, {}, stream)
+        for i in range(6):
+            pure[i] += len(np.unique(labels[partition[i]])) == 1
+            mine[i] += 5 in partition[i]
+    for p, seen in ((3 / 11, pure), (1 / 6, mine)):
+        assert (np.abs(seen / runs - p) < 5 * math.sqrt(p * (1 - p) / runs)).all()
+
+
+def test_shards_mix_the_examples_of_a_class() -> None:
+    # Two of one class fall into one shard of 3 with probability 2/8, wherever they stand in the file.
+    runs, stream = 3000, rng(11)
+    together = sum(
+        any({0, 1} <= set(partition[i].tolist()) for i in range(3))
+        for partition in (Shards(3, 1)(np.zeros(9, dtype=np.int64), {}, stream) for _ in range(runs))
+    )
+    assert abs(together / runs - 1 / 4) < 5 * math.sqrt(3 / 16 / runs)
+
+
+def test_shards_refuse_more_than_there_are_examples() -> None:
+    with pytest.raises(DataError, match=r"num_clients=4 times partition\.shards_per_client=3 is 12 shards.*only 11"):
+        Shards(4, 3)(np.zeros(11, dtype=np.int64), {}, rng())
+
+
+# Quantity
+
+
+@SETTINGS
+@given(
+    drawn=labels_and_clients(),
+    law=st.sampled_from(["lognormal", "powerlaw"]),
+    spread=st.sampled_from([None, 0.0, 0.3, 1.0, 3.0, 50.0, 999_999.0]),
+    spare=st.integers(0, 20),
+)
+def test_quantity_gives_min_size_and_the_laws_share_of_the_rest(
+    drawn: tuple[IntArray, int], law: str, spread: float | None, spare: int
+) -> None:
+    labels, k = drawn
+    n, min_size = len(labels), max(len(labels) // k - spare, 1)
+    partitioner = Quantity(k, law, **{"sigma" if law == "lognormal" else "exponent": spread}, min_size=min_size)
+    partition = partitioner(labels, {}, rng(k))
+    assert_is_partition_of_all(partition, n, k)
+    shares = partitioner.shares(rng(k))  # the first thing drawn
+    assert abs(shares.sum() - 1) < 1e-12
+    assert (np.abs(partition.sizes() - (min_size + shares * (n - k * min_size))) < 1 + 1e-9).all()
+    assert partition.sizes().min() >= min_size
+    if spread == 0:
+        assert np.ptp(partition.sizes()) <= 1
+
+
+def test_quantity_rounds_without_a_bias() -> None:
+    # Zipf's shares of 3 ranks are 6/11, 3/11, 2/11; 7 examples, one set aside for each client.
+    runs, stream = 4000, rng(12)
+    partitioner = Quantity(3, "powerlaw", exponent=1.0)
+    sizes = np.array([partitioner(np.zeros(7, dtype=np.int64), {}, stream).sizes() for _ in range(runs)])
+    exact = 1 + 4 * np.array([6, 3, 2]) / 11
+    # A client's rank is uniform: its mean size is the mean over ranks. Sorted sizes mix ranks where they round alike,
+    # so ranks are told apart by the variance: between ranks, and within one that of a Bernoulli variable f (1 - f).
+    part = exact % 1
+    variance = exact.var() + (part * (1 - part)).mean()
+    assert (np.abs(sizes.mean(axis=0) - 7 / 3) < 5 * math.sqrt(variance / runs)).all()
+    deviations = (sizes - 7 / 3) ** 2
+    assert abs(deviations.mean() - variance) < 5 * deviations.std() / math.sqrt(runs)
+
+
+def test_log_normal_shares_have_the_moments_of_their_law() -> None:
+    # With K large, K p_k = exp(sigma z_k - sigma^2 / 2) nearly: ln p has deviation sigma, (K p)^2 mean e^(sigma^2).
+    k, sigma = 200_000, 0.8
+    shares = Quantity(k, sigma=sigma).shares(rng(13))
+    assert abs(np.log(shares).std() / sigma - 1) < 5 / math.sqrt(2 * k)
+    second = (k * shares) ** 2
+    assert abs(second.mean() - math.exp(sigma**2)) < 5 * second.std() / math.sqrt(k)
+    assert abs(np.log(k * shares).mean() + sigma**2 / 2) < 5 * math.sqrt((sigma**2 + math.expm1(sigma**2)) / k)
+
+
+def test_power_law_shares_are_zipfs_and_belong_to_anyone() -> None:
+    k, runs, stream = 5, 3000, rng(14)
+    partitioner = Quantity(k, "powerlaw", exponent=1.5)
+    expected = np.arange(1, k + 1) ** -1.5
+    first = np.zeros(k)
+    for _ in range(runs):
+        shares = partitioner.shares(stream)
+        np.testing.assert_allclose(np.sort(shares)[::-1], expected / expected.sum(), rtol=1e-12)
+        first[shares.argmax()] += 1
+    assert (np.abs(first / runs - 1 / k) < 5 * math.sqrt((1 / k) * (1 - 1 / k) / runs)).all()
+
+
+def test_quantity_leaves_classes_as_they_are() -> None:
+    # A client of n examples has n/2 of one class of two, hypergeometric: variance n/4 (N - n)/(N - 1).
+    labels = np.repeat(np.arange(2), 20_000)
+    partition = Quantity(50, sigma=1.0)(labels, {}, rng(15))
+    for i, n in enumerate(partition.sizes()):
+        assert abs(labels[partition[i]].sum() - n / 2) <= 5 * math.sqrt(n / 4 * (40_000 - n) / 39_999)
+
+
+def test_quantity_refuses_what_has_no_effect_or_cannot_be() -> None:
+    with pytest.raises(ConfigError, match=r"partition\.exponent=2\.0 has no effect with partition\.law=lognormal"):
+        Quantity(3, exponent=2.0)
+    with pytest.raises(ConfigError, match=r"partition\.sigma=1\.0 has no effect .*set partition\.law=lognormal"):
+        Quantity(3, "powerlaw", sigma=1.0)
+    with pytest.raises(DataError, match=r"num_clients=10 .*min_size=6 .*60 training examples.*only 59"):
+        Quantity(10, min_size=6)(np.zeros(59, dtype=np.int64), {}, rng())
 
 
 # Natural

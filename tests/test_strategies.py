@@ -109,6 +109,23 @@ def test_feddyn_server_keeps_the_sum_of_all_duals(dual: str, tmp_path: Path) -> 
         assert float(done.state.H.abs().max()) > 0.1
 
 
+@pytest.mark.parametrize("dual", ["all", "active"])
+def test_feddyn_with_partial_participation_by_hand(dual: str, tmp_path: Path) -> None:
+    x, H, h = torch.tensor(START, dtype=torch.float64), torch.zeros(3), torch.zeros(8, 3, dtype=torch.float64)
+    some = {"_target_": "fedsim.clients.participation.Fixed", "clients_per_round": 3}
+    done = run("feddyn", tmp_path, participation=some, rounds=3, strategy__alpha=0.4, strategy__dual=dual)
+    for r in range(1, 4):
+        who = done.driver.exp.participation.sample(8, random.numpy_generator(0, "participation", r, 0))
+        y = x.expand(3, 3).clone()
+        for _ in range(STEPS):
+            y = y - LR * (A[who] * (y - C[who]) + 0.4 * (h[who] + y - x))
+        h[who] += y - x
+        H = H + (y - x).sum(0)
+        x = y.mean(0) + (H / 8 if dual == "all" else h[who].mean(0))
+    torch.testing.assert_close(done.w, x, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(done.state.H, H, rtol=1e-13, atol=1e-13)
+
+
 def test_scaffold_server_control_is_the_mean_of_all_controls(tmp_path: Path) -> None:
     half = {"_target_": "fedsim.clients.participation.Fixed", "clients_per_round": 3}
     for rounds in (1, 4, 9):

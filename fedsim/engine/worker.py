@@ -63,7 +63,7 @@ class Worker:
                     entries = local._hooks.finish(w)
                     new = local.rows(w)
                 if "buffers" in entries:
-                    raise ClientError("'buffers' names the network's own statistics; send your entry under another name")
+                    raise ClientError("'buffers' names the network's own statistics; give your entry another name")
                 if own is not None:
                     if program.options.buffers == "mean":
                         entries["buffers"] = Entry("mean", own.unsqueeze(0))

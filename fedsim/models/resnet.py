@@ -6,8 +6,8 @@ as most code for 32x32 images has it. Two norms: batch norm, or group norm (Wu a
 https://arxiv.org/abs/1803.08494), which keeps no statistics of a client's data.
 
 Departures:
-    1. Shortcuts that change shape are projections (1x1 convolutions with a norm), the paper's option B; its own nets for
-       CIFAR are narrower, and pad with zeros (option A).
+    1. Shortcuts that change shape are projections (1x1 convolutions with a norm), the paper's option B; its own nets
+       for CIFAR are narrower, and pad with zeros (option A).
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ from functools import partial
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError
-from fedsim.models.standard import Classifier, check_image
+from fedsim.models.standard import Classifier, check_image, check_width
 
 STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
 """Basic blocks of each stage, by depth."""
-WIDTHS = (64, 128, 256, 512)
-"""Channels of each stage; the first keeps the size of maps, the others halve it."""
 
 
 class ResNet(Classifier):
-    """A residual network of basic blocks with 512 features.
+    """A residual network of basic blocks in four stages, each with twice the channels and half the size of the last.
 
     11,181,642 parameters at depth 18 with the ImageNet stem for 3 channels and 10 classes, 11,173,962 with the CIFAR
     stem; as many with group norm as with batch norm. Batch norm cannot be trained on a batch of one example whose last
@@ -40,7 +38,8 @@ class ResNet(Classifier):
         num_classes: Number of classes.
         depth: 18 or 34.
         stem: ``imagenet`` or ``cifar``.
-        groups: Groups of the group norms, a divisor of 64; None: batch norms.
+        groups: Groups of the group norms, a divisor of ``width``; None: batch norms.
+        width: Channels of the first stage; there are eight times as many features.
         init: ``he_normal`` (see `draw_he`), or ``torch``: as PyTorch draws weights.
 
     Raises:
@@ -54,6 +53,7 @@ class ResNet(Classifier):
         depth: int = 18,
         stem: str = "cifar",
         groups: int | None = None,
+        width: int = 64,
         init: str = "torch",
     ) -> None:
         for name, value, known in (
@@ -63,30 +63,31 @@ class ResNet(Classifier):
         ):
             if value not in known:
                 raise ConfigError(f"model.{name} must be {' or '.join(map(str, known))}, got {value!r}")
-        if groups is not None and (type(groups) is not int or groups < 1 or WIDTHS[0] % groups):
+        check_width("width", width)
+        if groups is not None and (type(groups) is not int or groups < 1 or width % groups):
             raise ConfigError(
-                f"model.groups must be a divisor of {WIDTHS[0]} (groups of a group norm), or null for batch norm, "
-                f"got {groups!r}"
+                f"model.groups must be a divisor of model.width={width}, or null for batch norm, got {groups!r}"
             )
         channels, _, _ = check_image(f"resnet{depth} (stem={stem})", input_shape, 17 if stem == "imagenet" else 5)
         norm: Callable[[int], nn.Module] = nn.BatchNorm2d if groups is None else partial(nn.GroupNorm, groups)
 
         size, stride = (7, 2) if stem == "imagenet" else (3, 1)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
-        layers["conv"] = nn.Conv2d(channels, WIDTHS[0], size, stride, padding=size // 2, bias=False)
-        layers["norm"] = norm(WIDTHS[0])
+        layers["conv"] = nn.Conv2d(channels, width, size, stride, padding=size // 2, bias=False)
+        layers["norm"] = norm(width)
         layers["relu"] = nn.ReLU()
         if stem == "imagenet":
             layers["pool"] = nn.MaxPool2d(3, 2, padding=1)
-        inputs, number = WIDTHS[0], 0
-        for stage, (width, count) in enumerate(zip(WIDTHS, STAGES[depth], strict=True)):
+        inputs = width
+        for stage, count in enumerate(STAGES[depth]):
+            outputs = width << stage
             for i in range(count):
-                number += 1
-                layers[f"block{number}"] = BasicBlock(inputs, width, 2 if stage > 0 and i == 0 else 1, norm)
-                inputs = width
+                name = f"block{sum(STAGES[depth][:stage]) + i + 1}"
+                layers[name] = BasicBlock(inputs, outputs, 2 if stage > 0 and i == 0 else 1, norm)
+                inputs = outputs
         layers["average"] = nn.AdaptiveAvgPool2d(1)  # to 1x1: a mean, the same bits every time on a GPU too
         layers["flatten"] = nn.Flatten()
-        super().__init__(nn.Sequential(layers), WIDTHS[-1], num_classes)
+        super().__init__(nn.Sequential(layers), inputs, num_classes)
         if init == "he_normal":
             draw_he(self)
 

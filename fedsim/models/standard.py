@@ -96,7 +96,7 @@ class TwoNN(MLP):
     def __init__(
         self, input_shape: Sequence[int], num_classes: int, hidden: int = 200, init: str = "xavier_normal"
     ) -> None:
-        _check_width("hidden", hidden)
+        check_width("hidden", hidden)
         super().__init__(input_shape, num_classes, (hidden, hidden))
         _draw(self, init)
 
@@ -151,8 +151,8 @@ class TwoCNN(Classifier):
         fc: int = 512,
         init: str = "xavier_normal",
     ) -> None:
-        _check_width("hidden", hidden)
-        _check_width("fc", fc)
+        check_width("hidden", hidden)
+        check_width("fc", fc)
         channels, _, _ = check_image("twocnn", input_shape, 6)
         layers = [
             *(nn.Conv2d(channels, hidden, 5, padding=1), nn.ReLU(), nn.MaxPool2d(2, padding=1)),
@@ -265,7 +265,8 @@ def _draw(module: nn.Module, init: str) -> None:
         draw_xavier(module)
 
 
-def _check_width(name: str, value: object) -> None:
+def check_width(name: str, value: object) -> None:
+    """Refuses anything but a whole number of at least 1 for ``model.<name>``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"model.{name} must be a whole number of at least 1, got {value!r}")
 
@@ -279,7 +280,16 @@ def _size(input_shape: Sequence[int]) -> int:
 
 
 def check_image(model: str, input_shape: Sequence[int], smallest: int) -> tuple[int, int, int]:
-    """Channels, height and width, if they are an image's and it is large enough."""
+    """Channels, height and width, if they are an image's and it is large enough.
+
+    Args:
+        model: Name of the model, for the message.
+        input_shape: What the data have.
+        smallest: Least height and width.
+
+    Raises:
+        ConfigError: They are not.
+    """
     if len(input_shape) != 3:
         raise ConfigError(
             f"model={model} needs images (channels, height, width), but the data have inputs of shape "
