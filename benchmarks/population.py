@@ -16,8 +16,8 @@ import time
 from pathlib import Path
 
 from benchmarks.common import alternate, ratio
-from fedsim import config
 from fedsim.checkpoint import Checkpoints
+from fedsim.compose import compose
 from fedsim.engine.inline import InlineEngine
 from fedsim.experiment import build
 from fedsim.federation import Federation
@@ -30,7 +30,7 @@ class Population:
     def __init__(self, size: int, strategy: str) -> None:
         begin = time.perf_counter()
         exp = build(
-            config.compose(
+            compose(
                 [
                     f"strategy={strategy}",
                     "data=synthetic",

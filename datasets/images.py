@@ -50,7 +50,7 @@ class Images:
         keys: Natural keys of the training examples: name to column. Values that are strings
             become 0, 1, ... in their sorted order.
         size: Height and width that images are resized to (bilinear, by Pillow, as they are decoded); null: as they are.
-        mean: Per-channel mean of images scaled to [0, 1]; null: measured on the training split as it is stored.
+        mean: Per-channel mean of images scaled to [0, 1]; null: measured on all of ``train_split``, resized.
         std: Per-channel standard deviation, like ``mean``.
         max_train: Use a random sample of this many training examples; null: all.
         max_test: Use a random sample of this many test examples; null: all.

@@ -666,6 +666,37 @@ class OwnModels(Strategy):
 
 
 @dataclass(frozen=True)
+class Lean(OwnModels):
+    """With nothing for everybody, not even the global model."""
+
+    def broadcast(self, state: OwnState) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class Drawing(FedAvg):
+    """Sends random numbers."""
+
+    def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
+        return {"draw": stack(torch.stack([torch.rand(3, generator=g) for g in local.generator("draw", 1)]))}
+
+
+@dataclass(frozen=True)
+class Tally(ClientHalf):
+    """The half of a phase with memory of its own: how often it came by."""
+
+    def memory(self, local: Local) -> dict[str, Tensor]:
+        return {"tally": torch.zeros(1, 1)}
+
+    def work(self, local: Local) -> Tensor:
+        return local.start
+
+    def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
+        local.memory.tally = local.memory.tally + 1
+        return {"tally": total(local.memory.tally)}
+
+
+@dataclass(frozen=True)
 class ServerToo(FedAvg):
     """FedAvg, and after each round an epoch on the server's own data."""
 
@@ -695,8 +726,10 @@ class Async(Strategy):
         return AsyncState(w, 0, dict.fromkeys(range(info.num_clients), 0))
 
     def prepare(self, fed: Federation, state: AsyncState) -> AsyncState:
-        for i in range(fed.num_clients):
+        for i in range(fed.num_clients - 2):
             fed.dispatch(i, state, 1 + i % 3)
+        for i in range(fed.num_clients - 2, fed.num_clients):  # these start late, from the same model
+            fed.timer(1_000_000, i)
         return state
 
     def round(self, fed: Federation, state: AsyncState) -> AsyncState:

@@ -139,6 +139,14 @@ def test_a_phase_may_remember_without_training(tmp_path: Path) -> None:
     assert run.rows("strategy.v")[:, 0].tolist() == pytest.approx(gradients, rel=1e-13)
 
 
+def test_the_half_of_a_phase_may_have_memory_of_its_own(tmp_path: Path) -> None:
+    exp = build(configured("fedavg"))
+    fed, state = federation(exp, tmp_path), State(exp.program.network.initial.clone())
+    fed.train([1, 2], state, half=helpers.Tally(), phase="tally")
+    assert float(fed.train([2, 3], state, half=helpers.Tally(), phase="tally")["tally"]) == 3.0
+    assert [float(row["strategy.tally"]) for row in fed.memory.get([1, 2, 3])] == [1.0, 2.0, 1.0]
+
+
 # --- personal models --------------------------------------------------------------------------------------
 
 
@@ -431,6 +439,38 @@ def test_payloads_of_clients_may_be_ragged_sized_and_sent_once(tmp_path: Path, s
     assert [r["bytes_down"] for r in run.records] == [always + 7 * 16, always, always]
 
 
+def test_a_strategy_may_send_nothing_to_everybody(tmp_path: Path) -> None:
+    values = {"rounds": 2, "participation": ALL, "eval.every": 1}
+    lean, usual = drive(configured("Lean", values), tmp_path), drive(configured("OwnModels", values), tmp_path)
+    assert lean.records == usual.records  # the global model is evaluated all the same
+    assert lean.params_sha256 == usual.params_sha256
+
+
+def test_every_visit_has_random_numbers_of_its_own(tmp_path: Path) -> None:
+    exp = build(configured("Drawing"))
+    state = State(exp.program.network.initial.clone())
+
+    def draws() -> list[list[float]]:
+        fed, found = federation(exp, tmp_path), []
+        for number in (1, 2):
+            fed.begin_round(number)
+            for phase in ("train", "train", "other"):  # twice in a round, and in a phase
+                found += [*fed.train([1, 4], state, phase=phase)["draw"].tensor()]
+        for _ in range(2):
+            fed.dispatch(4, state)
+            update = fed.next_event().update
+            assert update is not None
+            found += [update["draw"][0]]
+        return [row.tolist() for row in found]
+
+    first = draws()
+    assert len(first) == 14
+    assert len({tuple(row) for row in first}) == 14
+    assert draws() == first
+    key = random.generator(0, "draw", "train", 1, 4, 1)
+    assert first[1] == torch.rand(3, generator=key).tolist()  # a server that knows the key can draw them too
+
+
 # --- the server's own data --------------------------------------------------------------------------------
 
 
@@ -465,7 +505,7 @@ EVENTS = {"rounds": 12, "client.epochs": None, "client.steps": 1}
 def test_events_come_in_the_order_of_virtual_time(tmp_path: Path, seen: list[Any]) -> None:
     run = drive(configured("Async", EVENTS), tmp_path)
     # By hand: client i works for (1 + i mod 3) steps of 10 ms; 3 ms after it came back a timer sends it out again.
-    heap = [((1 + i % 3) * 10_000_000, 0, i) for i in range(7)]
+    heap = [((1 + i % 3) * 10_000_000, 0, i) for i in range(5)] + [(1_000_000, 1, 5), (1_000_000, 1, 6)]
     heapq.heapify(heap)
     expected, arrivals = [], 0
     while arrivals < 12:
@@ -497,15 +537,12 @@ def test_an_arrival_is_the_work_from_where_it_started(tmp_path: Path, seen: list
     assert max(r["staleness"] for r in run.records) >= 2
 
 
-@pytest.mark.parametrize("kill_at", [1, 3, 6, 11])
+# With two rounds, tasks from before and after the first checkpoint, which start from one model, are under way at the end.
+@pytest.mark.parametrize(("rounds", "kill_at"), [(2, 1), (12, 3), (12, 6), (12, 11)])
 @pytest.mark.parametrize("memory", ["ram", "disk"])
-def test_tasks_under_way_are_made_again_after_a_resume(kill_at: int, memory: str, tmp_path: Path) -> None:
-    values: dict[str, Any] = {
-        **EVENTS,
-        "checkpoint.every": 1,
-        "checkpoint.memory": memory,
-        "client.keep_optimizer": True,
-    }
+def test_tasks_under_way_are_made_again_after_a_resume(rounds: int, kill_at: int, memory: str, tmp_path: Path) -> None:
+    values: dict[str, Any] = {**EVENTS, "checkpoint.every": 1, "checkpoint.memory": memory}
+    values |= {"client.keep_optimizer": True, "rounds": rounds}
     whole = drive(configured("Async", values), tmp_path / "whole")
     with pytest.raises(Interrupted):
         drive(configured("Async", {**values, "tracker.recorder.kill_at": kill_at}), tmp_path / "cut")
@@ -762,6 +799,13 @@ def test_batch_norm_statistics_follow_their_policy(tmp_path: Path) -> None:
     assert runs["mean"].records[0]["bytes_up"] == runs["mean"].records[0]["bytes_down"] == 2 * (d + 4 * 128)
     for policy in ("local", "frozen"):
         assert runs[policy].records[0]["bytes_up"] == runs[policy].records[0]["bytes_down"] == 2 * d
+
+    # The global model is scored with the averaged statistics.
+    module, test = module_of(exp, runs["mean"].w).eval(), exp.program.dataset.test
+    for name, view in exp.program.network.buffer_layout.views(shared.float()).items():
+        module.get_buffer(name).copy_(view)
+    loss = F.cross_entropy(module(normalised(test.x)), test.y)
+    assert runs["mean"].records[-1]["test_loss"] == pytest.approx(loss.item(), rel=1e-4)
 
     # Frozen norms normalise with what they came with, in training too: plain SGD on an affine of the inputs.
     frozen = module_of(exp).eval()

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.data import Dataset, Split
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, DataError
 from fedsim.models.resnet import BasicBlock, ResNet
 from fedsim.models.standard import CNN, MLP, AveragePool, Blocks5, Classifier, LeNet5, LogReg, TwoCNN, TwoNN
 from fedsim.vector import Layout
@@ -261,8 +261,18 @@ def test_no_norm_is_left_of_the_other_kind() -> None:
     for groups, kind in kinds.items():
         norms = [m for m in Thin((3, 32, 32), 10, groups=groups).modules() if isinstance(m, tuple(kinds.values()))]
         assert len(norms) == 20
-        assert all(type(m) is kind for m in norms)
+        assert all(isinstance(m, kind) for m in norms)
     assert not list(Thin((3, 32, 32), 10, groups=2).buffers())
+
+
+def test_batch_norm_says_what_to_do_with_a_batch_of_one_pixel() -> None:
+    model = Thin((3, 8, 8), 4)
+    x = torch.rand(1, 3, 8, 8)
+    with pytest.raises(DataError, match=r"one example has maps of 1x1 \(64 channels\).*client\.drop_last=true"):
+        model(x)
+    assert model(torch.cat([x, x])).shape == (2, 4)
+    assert Thin((3, 9, 9), 4)(torch.rand(1, 3, 9, 9)).shape == (1, 4)
+    assert model.eval()(x).shape == (1, 4)
 
 
 # How weights are drawn

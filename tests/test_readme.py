@@ -14,7 +14,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 def block(language: str, containing: str) -> str:
     """The README's code block in this language that contains a text."""
-    found = [b for b in re.findall(rf"```{language}\n(.*?)```", README, re.S) if containing in b]
+    found: list[str] = [b for b in re.findall(rf"```{language}\n(.*?)```", README, re.S) if containing in b]
     assert len(found) == 1, f"{len(found)} {language} blocks contain {containing!r}"
     return found[0]
 

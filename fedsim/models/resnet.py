@@ -18,7 +18,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, DataError
 from fedsim.models.standard import Classifier, check_image, check_width
 
 STAGES = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3)}
@@ -69,7 +69,7 @@ class ResNet(Classifier):
                 f"model.groups must be a divisor of model.width={width}, or null for batch norm, got {groups!r}"
             )
         channels, _, _ = check_image(f"resnet{depth} (stem={stem})", input_shape, 17 if stem == "imagenet" else 5)
-        norm: Callable[[int], nn.Module] = nn.BatchNorm2d if groups is None else partial(nn.GroupNorm, groups)
+        norm: Callable[[int], nn.Module] = BatchNorm if groups is None else partial(nn.GroupNorm, groups)
 
         size, stride = (7, 2) if stem == "imagenet" else (3, 1)
         layers: OrderedDict[str, nn.Module] = OrderedDict()
@@ -119,6 +119,24 @@ class BasicBlock(nn.Module):
         out = self.norm2(self.conv2(out))
         out += self.shortcut(x)
         return out.relu_()
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that says what to do where there is nothing to take a mean of."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalised maps, ``[B, C, H, W]``.
+
+        Raises:
+            DataError: In training, one number per channel.
+        """
+        if self.training and x.shape[0] * x.shape[2] * x.shape[3] == 1:
+            raise DataError(
+                "batch norm cannot train on one number per channel, but a batch of one example has maps of 1x1 "
+                f"({self.num_features} channels) here; set client.drop_last=true if it is the last of an epoch, raise "
+                "client.batch_size, take larger images, or group norm (model.groups=2)"
+            )
+        return super().forward(x)
 
 
 def draw_he(module: nn.Module) -> None:
