@@ -429,13 +429,12 @@ class Local:
     def _prepare_inputs(self, num_examples: int) -> None:
         """Normalises the client's data once, where the visit will use all of them anyway."""
         x = self._shard.x
-        if self._ready is None and x.dtype == torch.uint8 and num_examples >= self.n:
-            if self.n * x[0].numel() * self.start.element_size() <= VISIT_CACHE_BYTES:
-                rows = self._shard.rows.to(x.device)
-                self._ready = (
-                    self._program.inputs(x.index_select(0, rows)),
-                    self._program.targets(self._shard.y.index_select(0, rows)),
-                )
+        if self._ready is not None or x.dtype != torch.uint8 or num_examples < self.n:
+            return
+        if self.n * x[0].numel() * self.start.element_size() <= VISIT_CACHE_BYTES:
+            rows = self._shard.rows.to(x.device)
+            inputs, targets = x.index_select(0, rows), self._shard.y.index_select(0, rows)
+            self._ready = self._program.inputs(inputs), self._program.targets(targets)
 
     def _augment(self, batch: Batch) -> None:
         from fedsim.datasets.augment import AUGMENTATIONS

@@ -1,0 +1,1 @@
+"""The config tree: one folder per group, one file per option."""

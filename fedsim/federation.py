@@ -274,7 +274,7 @@ class Federation:
         self.memory.put((client,), [{**row, "task.count": torch.tensor(visit)}])
         task = Task(
             (client,),
-            (visit,),
+            (f"task.{visit}",),
             (),
             sent,
             {},
@@ -493,7 +493,7 @@ class Federation:
             sent = self.engine.put(flight.sent)
             task = Task(
                 (flight.client,),
-                (flight.visit,),
+                (f"task.{flight.visit}",),
                 (),
                 sent,
                 flight.unicast,

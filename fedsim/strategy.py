@@ -176,7 +176,7 @@ class Strategy(ClientHalf):
         parent_options: Options of the parent under which the two are compared.
         neutral: Options that make this method its parent, bit for bit.
         quick: Options under which a run with small data takes seconds; for methods with long phases.
-        exempt: Laws of the suite that do not apply, each with the reason.
+        exempt: Laws of the suite that do not apply (a test's name without ``test_``), each with the reason.
     """
 
     parent: ClassVar[str | None] = None

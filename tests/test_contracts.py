@@ -537,7 +537,7 @@ def test_an_arrival_is_the_work_from_where_it_started(tmp_path: Path, seen: list
     assert max(r["staleness"] for r in run.records) >= 2
 
 
-# With two rounds, tasks from before and after the first checkpoint, which start from one model, are under way at the end.
+# With two rounds, tasks from before and after the first checkpoint are under way at the end; they start from one model.
 @pytest.mark.parametrize(("rounds", "kill_at"), [(2, 1), (12, 3), (12, 6), (12, 11)])
 @pytest.mark.parametrize("memory", ["ram", "disk"])
 def test_tasks_under_way_are_made_again_after_a_resume(rounds: int, kill_at: int, memory: str, tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_killed_at_twenty_moments(lab: Lab, tmp_path: Path, args: tuple[str, ...
     seconds = time.monotonic() - begin
     rng = random.Random(0)
     plan: list[tuple[str, dict[str, Any]]] = [(moments[m], {"kill": m}) for m in choose(moments, 15)]
-    plan += [("at a random time", {"after": rng.uniform(0.1, seconds)}) for _ in range(5)]
+    plan += [("", {"after": rng.uniform(0.1, seconds)}) for _ in range(5)]
     same = 0
     print(f"\n{args[-1]}: state_sha256 {expected['summary']['state_sha256'][:16]}, {len(moments)} moments")
     for i, (name, how) in enumerate(plan):
@@ -172,6 +172,7 @@ def test_killed_at_twenty_moments(lab: Lab, tmp_path: Path, args: tuple[str, ...
         while lab.kill(root, [*args, f"checkpoint.memory={memory}"], **how).status == 0:  # it was too late
             shutil.rmtree(root)
             how["after"] *= 0.9
+        name = f"after {how['after']:.3f} s" if "after" in how else name
         found = lab.resume(root, args)
         same += found == expected
         print(

@@ -20,7 +20,8 @@ class Task:
 
     Attributes:
         clients: Client ids, in order.
-        visits: Number of each client's visit.
+        visits: What tells each client's visits apart: the round (``3``, the second time ``"3.1"``), or the client's
+            task (``"task.5"``).
         memory: Each client's memory rows.
         sent: Handle of the broadcast payload (`Engine.put`).
         unicast: Payload for these clients only, ``[C, ...]`` each.
