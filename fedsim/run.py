@@ -376,9 +376,10 @@ class Driver:
             return
         if overrides_finalize(self.strategy):
             self._save()
-            self.fed.begin_round(p.round_num)
+            self.fed.begin_round(p.round_num + 1)  # random streams of its own
             p.state = self.strategy.finalize(self.fed, p.state)
             self._count()
+            self.fed.begin_round(p.round_num)
             p.latest = self._evaluate(p.round_num)
         p.finalized = True
         self._save()

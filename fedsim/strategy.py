@@ -210,7 +210,7 @@ class Strategy(ClientHalf):
         return self.step(state, fed.train(fed.sample(), state))
 
     def finalize(self, fed: Federation, state: Any) -> Any:
-        """After the last round."""
+        """After the last round; `Federation.round_num` is one more than that round's."""
         return state
 
 

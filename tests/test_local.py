@@ -19,7 +19,7 @@ from fedsim.errors import ClientError
 from fedsim.experiment import Experiment, build
 from fedsim.strategy import ClientHalf, Grad, Model
 from tests import helpers
-from tests.helpers import batches, configure, drive, examples_of, flat, local_of, module_of, quadratics
+from tests.helpers import Plan, batches, configure, drive, examples_of, flat, local_of, module_of, quadratics
 
 CENTRAL = ("experiment=centralized",)
 CENTRAL_VALUES: dict[str, Any] = {
@@ -436,6 +436,27 @@ def test_only_computes_the_gradient_of_the_whole() -> None:
     part = local_of(experiment({"client.momentum": 0.0})).train(local.start, only="head.", steps=1)
     whole = local.train(local.start, steps=1)
     assert torch.equal(part[:, head], whole[:, head])
+
+
+class Nested(ClientHalf):
+    """Trains something else between asking for the gradient and using it."""
+
+    def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
+        first = grad(w)
+        inner = local.train(w + 1.0, half=Plan(lr=(0.5,)), only="head.", steps=2, stream="inner")
+        helpers.SEEN.append(inner)
+        return torch.lerp(first, grad(w), 0.5)  # twice the same gradient
+
+
+def test_a_visit_may_train_inside_of_a_step(seen: list[Any]) -> None:
+    exp = experiment()
+    plain, nested = local_of(exp), local_of(exp)
+    assert torch.equal(nested.train(nested.start, half=Nested(), steps=3), plain.train(plain.start, steps=3))
+    assert len(seen) == 3
+    assert nested.stats.steps == 3 + 3 * 2
+    assert nested.stats.examples == nested.stats.scored == 9 * 200
+    assert float(nested.lr_sum) == pytest.approx(3 * 0.05 + 6 * 0.025)
+    assert float(nested.mean_loss) == float(plain.mean_loss)
 
 
 def test_streams_keep_their_own_order_and_optimizer(seen: list[Any]) -> None:

@@ -199,7 +199,7 @@ def test_killed_in_any_phase(lab: Lab, tmp_path: Path, part: str) -> None:
     inside = {
         "prepare": moments_like(moments, "training round 0 explore"),
         "a round": moments_like(moments, "training round 2 train"),
-        "finalize": moments_like(moments, "training round 2 polish"),
+        "finalize": moments_like(moments, "training round 3 polish"),
         "the end": moments_like(moments, "writing model") + moments_like(moments, "writing summary.json"),
     }[part]
     for moment in (inside[1], inside[-2]):
@@ -210,7 +210,7 @@ def test_killed_in_any_phase(lab: Lab, tmp_path: Path, part: str) -> None:
 
 def test_a_finalize_that_was_killed_is_all_that_is_done_again(lab: Lab, tmp_path: Path) -> None:
     _, moments = lab.whole(*PHASES)
-    lab.kill(tmp_path, PHASES, kill=moments_like(moments, "training round 2 polish")[2])
+    lab.kill(tmp_path, PHASES, kill=moments_like(moments, "training round 3 polish")[2])
     again = lab.server.run([f"resume={the_run(tmp_path)}"]).moments
     assert not [m for m in again if "training" in m and "polish" not in m]
 
