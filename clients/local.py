@@ -26,6 +26,11 @@ from fedsim.strategy import ClientHalf, Grad, Model, require
 
 # A client's data are normalised once per visit when they are at most this large, and else batch by batch.
 VISIT_CACHE_BYTES = 2**28
+# What one call of `Local.train` works with.
+OF_A_CALL = (
+    *("_hooks", "_stream", "_stream_name", "step", "lr", "_batch", "_only"),
+    *("_losses", "_grads", "_used"),
+)
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,6 @@ class Local:
         self._only: list[int] | None = None
         self._stream: Stream | None = None
         self._stream_name = ""
-        self._rng = True
         self.start: Tensor = self.sent.w if "w" in sent else program.network.initial.unsqueeze(0)
         if visit.part != "none":
             self._initialise()
@@ -372,8 +376,7 @@ class Local:
         if batch is None:
             assert self._batch is not None
             batch = self._batch
-        if self._rng:
-            self._seed_step()
+        self._seed("dropout")  # again for every gradient: all gradients of a step see the same mask
         hooks = self._hooks if half is None else program.phase_hooks(half).bind(self)
         at = at.contiguous()
         if hooks.plain_loss and batch.plain:
@@ -392,18 +395,12 @@ class Local:
         self._used += 1
         return network.gradient(objective, self._grads[self._used - 1], self._only)
 
-    def _seed_step(self) -> None:
-        v = self._visit
-        seed = random.derive(self._program.seed, "dropout", self._stream_name, v.client, self.step)
+    def _seed(self, purpose: str) -> None:
+        """Seeds torch's own generators, for layers and hooks that draw from them, by stream, client and step."""
+        seed = random.derive(self._program.seed, purpose, self._stream_name, self._visit.client, self.step)
         torch.default_generator.manual_seed(seed)
         if self._program.device.type == "cuda":
             torch.cuda.manual_seed(seed)
-
-    def _rng_state(self) -> Tensor:
-        """Where the generators stand that layers such as dropout draw from."""
-        state = torch.default_generator.get_state()
-        device = self._program.device
-        return torch.cat([state, torch.cuda.get_rng_state(device)]) if device.type == "cuda" else state
 
     # --- batches -------------------------------------------------------------------------------------
 
@@ -518,7 +515,8 @@ class Local:
             epochs, steps = self._visit.epochs, self._visit.steps
             if epochs is None and steps is None:
                 epochs, steps = self.options.epochs, self.options.steps
-        outer = self._hooks, self._stream, self._stream_name, self.step, self._batch, self._only
+        outer = {name: self.__dict__[name] for name in OF_A_CALL}  # a hook may train inside of a step
+        self._grads, self._used, self._only = [], 0, None
         if half is not None:
             self._hooks = self._program.phase_hooks(half).bind(self)
         self._stream_name = stream or self.phase
@@ -527,7 +525,7 @@ class Local:
             with torch.enable_grad():  # `personal` may train, and evaluation has gradients switched off
                 return self._train(w.clone(memory_format=torch.contiguous_format), s, epochs, steps, self._still(only))
         finally:
-            self._hooks, self._stream, self._stream_name, self.step, self._batch, self._only = outer
+            self.__dict__.update(outer)
 
     def _still(self, only: str | None) -> Tensor | None:
         """Coordinates that this call must leave alone, bool ``[d]``."""
@@ -552,10 +550,11 @@ class Local:
         self._losses, first = [], s.steps
         counts: list[int] = []
         scored: list[tuple[int, int]] = []
-        self._rng = True
         direction: Grad = self.grad
         while (s.steps - first < steps) if steps is not None else (s.epoch < last_epoch):  # type: ignore[operator]
             self.step, self.lr, self._batch = s.steps, base_lr, None
+            if hooks.draws:
+                self._seed("hooks")
             if hooks.schedules:
                 plan = hooks.schedule()
                 self.lr = base_lr * float(plan.get("lr", 1.0))
@@ -566,13 +565,7 @@ class Local:
                 self._augment(batch)
             self._batch = hooks.batch(batch) if hooks.plain_batch else batch
             self._used = 0
-            state = None
-            if s.steps == first:
-                self._seed_step()
-                state = self._rng_state()
             d = direction(w) if hooks.plain_direction else hooks.direction(w, self.grad)
-            if state is not None:  # reseeded every step only where something does draw from torch's generator
-                self._rng = not torch.equal(state, self._rng_state())
             if options.clip_norm is not None:
                 d = clip(d, options.clip_norm)
             new = self.optimizer(w, d) if hooks.plain_update else hooks.single("update", w, d)

@@ -155,10 +155,11 @@ def resume_config(overrides: Sequence[str], config_dir: Path | None = None) -> t
         check(saved)
     except ConfigError as exc:
         raise ConfigError(f"{run / 'config.yaml'} is damaged ({exc}); restore it from a copy") from exc
+    before = dict(saved["engine"])
     texts = prepare([o for o in overrides if not o.startswith("resume=")])
     given = list(zip(texts, _parse(texts), strict=True))
     for text, o in given:
-        if o.key_or_group.split(".")[0] not in RESUMABLE:
+        if not {o.key_or_group, o.key_or_group.split(".")[0]} & set(RESUMABLE):
             raise ConfigError(
                 f"resume= goes on with the run's own config, and {text} would make it another run; "
                 f"only {', '.join(RESUMABLE)} may change"
@@ -172,6 +173,9 @@ def resume_config(overrides: Sequence[str], config_dir: Path | None = None) -> t
     for _, o in given:
         if o.key_or_group not in GROUPS:
             _assign(saved, o)
+    for key in ("device", "threads"):
+        if saved["engine"][key] != before[key]:
+            raise ConfigError(f"engine.{key} changes bits: this run has {before[key]}, and goes on with it; remove it")
     saved["resume"] = str(run)
     return saved, run
 

@@ -38,7 +38,7 @@ LISTS = ("recipe", "tracker")
 #: Keys that do not change results.
 NEUTRAL = ("engine", "tracker", "run_dir", "resume", "name", "checkpoint", "rounds", "hydra")
 #: Keys that may be given anew when a run is resumed.
-RESUMABLE = ("engine", "tracker", "checkpoint", "rounds")
+RESUMABLE = ("engine", "tracker", "checkpoint", "rounds", "data.root")
 CONF = Path(__file__).parent / "conf"
 
 
@@ -122,7 +122,7 @@ def _optimizer(key: str, value: Any) -> None:
     if isinstance(value, Mapping):
         _target(key, value)
     else:
-        _choice("sgd", "adam", "adamw")(key, value)
+        _choice("sgd", "adam", "adamw", "adagrad")(key, value)
 
 
 def _betas(key: str, value: Any) -> None:
@@ -178,7 +178,7 @@ SCHEMA: dict[str, Check] = {
     "client.momentum": _number("[0, 1)"),
     "client.nesterov": _flag,
     "client.betas": _betas,
-    "client.eps": _number("[0, inf)"),
+    "client.eps": _number("[0, inf)", null=True),
     "client.weight_decay": _number("[0, inf)"),
     "client.clip_norm": _number("(0, inf)", null=True),
     "client.keep_optimizer": _flag,
@@ -242,18 +242,20 @@ def _check_together(config: Config) -> None:
             f"client.epochs={shown(client['epochs'])} client.steps={shown(client['steps'])}"
         )
     optimizer = client["optimizer"]
-    foreign = {"sgd": ("betas", "eps"), "adam": ("momentum", "nesterov"), "adamw": ("momentum", "nesterov")}
+    foreign = {"sgd": ("betas", "eps"), "adagrad": ("momentum", "nesterov", "betas")}
+    foreign |= dict.fromkeys(("adam", "adamw"), ("momentum", "nesterov"))
     unused = (
         foreign.get(optimizer, ())
         if isinstance(optimizer, str)
         else ("momentum", "nesterov", "betas", "eps", "weight_decay")
     )
     for name in unused:
-        if client[name] != load(CONF / "client" / "default.yaml")[name]:
+        default = load(CONF / "client" / "default.yaml")[name]
+        if client[name] != default:
             kind = optimizer if isinstance(optimizer, str) else optimizer["_target_"]
             raise ConfigError(
                 f"client.{name}={client[name]} has no effect with client.optimizer={kind}; "
-                "remove it, or change the optimizer"
+                f"set client.{name}={shown(default)}, or change the optimizer"
             )
     if client["nesterov"] and not client["momentum"]:
         raise ConfigError("client.nesterov=true needs client.momentum > 0, got client.momentum=0")
@@ -276,6 +278,8 @@ def options(group: str, folders: Sequence[Path | None] = (CONF,)) -> dict[str, P
 def config_hash(config: Config) -> str:
     """Hash of all that results depend on, the number of rounds included."""
     kept = {k: v for k, v in config.items() if k not in NEUTRAL or k == "rounds"}
+    kept["data"] = {k: v for k, v in config["data"].items() if k != "root"}  # the same data elsewhere
+    kept["engine"] = {k: config["engine"][k] for k in ("device", "threads")}  # bits follow both
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 

@@ -43,7 +43,7 @@ def estimate(exp: Experiment) -> dict[str, Any]:
         client = cohort[0]
         down = fed.cost_down(state, client)
         unicast = fed.unicast(state, (client,))
-        task = Task((client,), (1,), ({},), fed.payload(state), unicast, None, "train", 1, 0, 1, steps=1)
+        task = Task((client,), (1,), fed.payload(state), 1, memory=({},), unicast=unicast, steps=1)
         outcome = Worker(program).run(task)
     finally:
         engine.close()

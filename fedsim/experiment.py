@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedsim import config as conf
 from fedsim import random
 from fedsim.clients.local import ClientOptions
-from fedsim.clients.optimizers import SGD, Adam, AdamW, Optimizer, TorchOptimizer
+from fedsim.clients.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, TorchOptimizer
 from fedsim.compose import requested
 from fedsim.config import Config
 from fedsim.data import Clients, Dataset, Partition, PartitionedClients, Split, hold_out
@@ -270,9 +270,7 @@ def _load_weights(module: nn.Module, path: Path) -> None:
     except FileNotFoundError as exc:
         raise ConfigError(f"model.weights={path} does not exist; give a .safetensors file, or null") from exc
     except (OSError, SafetensorError) as exc:
-        raise ConfigError(
-            f"model.weights={path} is no readable .safetensors file ({exc}); give one, or null"
-        ) from exc
+        raise ConfigError(f"model.weights={path} is no readable .safetensors file ({exc}); give one, or null") from exc
     named = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     for name, t in trainable(module).items():
         if name not in tensors:
@@ -309,8 +307,12 @@ def _client_options(config: Config, module: nn.Module) -> ClientOptions:
     elif c["optimizer"] == "sgd":
         optimizer = SGD(momentum=c["momentum"], nesterov=c["nesterov"], weight_decay=c["weight_decay"])
     else:
-        kind = Adam if c["optimizer"] == "adam" else AdamW
-        optimizer = kind(betas=tuple(c["betas"]), eps=c["eps"], weight_decay=c["weight_decay"])
+        eps = {} if c["eps"] is None else {"eps": c["eps"]}
+        if c["optimizer"] == "adagrad":
+            optimizer = Adagrad(weight_decay=c["weight_decay"], **eps)
+        else:
+            kind = Adam if c["optimizer"] == "adam" else AdamW
+            optimizer = kind(betas=tuple(c["betas"]), weight_decay=c["weight_decay"], **eps)
     own = {k: v for k, v in c.items() if k not in ("optimizer", "momentum", "nesterov", "betas", "eps", "weight_decay")}
     return ClientOptions(optimizer, augment=tuple(config["data"]["augment"]), **own)
 

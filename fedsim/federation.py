@@ -232,16 +232,26 @@ class Federation:
         program = self.program if model is None else self.program.variant(model)
         strategy = self.program.strategy
         sent, charges = self._payload(strategy.broadcast(state) if send is None else send, program)
-        whole = Task(
-            (), (), (), self.engine.put(sent), {}, half, phase, self.round_num, 0, len(cohort), steps, epochs, model
-        )
+        handle = self.engine.put(sent)
         collector = Collector(program, len(cohort))
         waiting: deque[tuple[Piece, Any]] = deque()
         slowest, size = 0, max(1, min(PIECE, -(-len(cohort) // self.engine.slots)))
         for first in range(0, len(cohort), size):
             part = cohort[first : first + size]
             own = {} if send is not None else strategy.unicast(state, part)
-            task = replace(whole, clients=part, visits=(visit,) * len(part), first_leaf=first)
+            task = Task(
+                clients=part,
+                visits=(visit,) * len(part),
+                sent=handle,
+                round_num=self.round_num,
+                half=half,
+                phase=phase,
+                first_leaf=first,
+                num_leaves=len(cohort),
+                steps=steps,
+                epochs=epochs,
+                model=model,
+            )
             piece = self._piece(task, charges, own, program)
             waiting.append((piece, self.engine.submit(piece.task)))
             while waiting and (len(waiting) > 2 * self.engine.slots or first + size >= len(cohort)):
@@ -250,7 +260,7 @@ class Federation:
                 slowest = max(slowest, self._adopt(done, outcome))
                 collector.add(outcome)
         self._clock.advance(slowest)
-        return self._reduced(collector, cohort, program)
+        return self._reduced(collector, cohort, program, adopt=phase == "train" and program is self.program)
 
     def dispatch(self, client: int, state: Any, steps: int | None = None, *, train: bool = True) -> int:
         """Hands a task to one client; it arrives as an event. At most one task per client is under way.
@@ -262,8 +272,16 @@ class Federation:
             train: False: only time passes (to simulate a schedule).
 
         Returns:
-            When it will arrive, in nanoseconds.
+            When it will arrive, in nanoseconds: by the planned steps, and an upload of one parameter vector.
+
+        Raises:
+            RunError: The network has batch norms whose statistics would be averaged: over whom, at an arrival?
         """
+        if self.buffers is not None and train and self.program.options.buffers == "mean":
+            raise RunError(
+                "event-driven strategies do not average batch-norm statistics; set client.buffers=local or frozen, "
+                "or choose a model without batch norm"
+            )
         client = int(client)
         self._check_clients((client,))
         strategy = self.program.strategy
@@ -272,19 +290,7 @@ class Federation:
         (row,) = self.memory.get((client,))
         visit = int(row.get("task.count", 0)) + 1
         self.memory.put((client,), [{**row, "task.count": torch.tensor(visit)}])
-        task = Task(
-            (client,),
-            (f"task.{visit}",),
-            (),
-            sent,
-            {},
-            None,
-            "train",
-            self.round_num,
-            0,
-            1,
-            steps,
-        )
+        task = Task((client,), (f"task.{visit}",), sent, self.round_num, steps=steps)
         piece = self._piece(task, charges, strategy.unicast(state, (client,)), self.program)
         planned = self.program.options.planned_steps(len(self.program.shard(client))) if steps is None else steps
         bytes_up = 4 * self.program.shared_size
@@ -316,7 +322,7 @@ class Federation:
         self._adopt(piece, outcome)
         collector = Collector(self.program, 1)
         collector.add(outcome)
-        return Event("arrival", event.time, client, update=self._reduced(collector, (client,), self.program))
+        return Event("arrival", event.time, client, update=self._reduced(collector, (client,), self.program, False))
 
     def evaluate(self, state: Any, split: str = "test") -> dict[str, Any]:
         """Scores the global model.
@@ -416,7 +422,7 @@ class Federation:
         """Bytes that a first visit sends to ``client``."""
         sent, charges = self._payload(self.program.strategy.broadcast(state))
         own = self.program.strategy.unicast(state, (client,))
-        task = Task((client,), (0,), (), sent, {}, None, "train", 0, 0, 1)
+        task = Task((client,), (0,), sent, 0)
         return self._piece(task, charges, own, self.program).down[0]
 
     # --- inside ---------------------------------------------------------------------------------------
@@ -449,7 +455,7 @@ class Federation:
             raise RunError("'buffers' names the network's own statistics; send yours under another name")
         sent = {name: _plain(value) for name, value in named.items()}
         charges = [_charge(name, value, sent[name], program, self._digest) for name, value in named.items()]
-        if self.buffers is not None:
+        if self.buffers is not None and program is self.program:  # another build has statistics of its own
             sent["buffers"] = self.buffers
             if self.program.options.buffers == "mean":
                 charges.append(("buffers", nbytes(self.buffers), None))
@@ -491,20 +497,8 @@ class Federation:
         self._flights[flight.client] = flight
         if flight.train:
             sent = self.engine.put(flight.sent)
-            task = Task(
-                (flight.client,),
-                (f"task.{flight.visit}",),
-                (),
-                sent,
-                flight.unicast,
-                None,
-                "train",
-                flight.round_num,
-                0,
-                1,
-                flight.steps,
-            )
-            piece = replace(self._piece(task, [], {}, self.program), marks=[flight.marks])
+            task = Task((flight.client,), (f"task.{flight.visit}",), sent, flight.round_num, steps=flight.steps)
+            piece = replace(self._piece(task, [], flight.unicast, self.program), marks=[flight.marks])
             self._tickets[flight.client] = (replace(piece, down=[0]), self.engine.submit(piece.task))
 
     def _adopt(self, piece: Piece, outcome: Outcome) -> int:
@@ -531,9 +525,10 @@ class Federation:
         )
         return max(times, default=0)
 
-    def _reduced(self, collector: Collector, cohort: tuple[int, ...], program: Program) -> Reduced:
+    def _reduced(self, collector: Collector, cohort: tuple[int, ...], program: Program, adopt: bool) -> Reduced:
+        """The reduced entries; ``adopt``: the mean of the clients' buffers becomes the federation's."""
         values, num_examples = collector.values()
-        if (buffers := values.pop("buffers", None)) is not None and self.buffers is not None:
+        if (buffers := values.pop("buffers", None)) is not None and self.buffers is not None and adopt:
             self.buffers = buffers.to(self.buffers.dtype)
         return Reduced(values, program.layout, cohort, self.num_clients, num_examples)
 

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedsim.errors import ConfigError
 from fedsim.vector import Layout, float_buffers, trainable
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
 def map_tensors(f: Callable[[Tensor], Tensor], tree: Any) -> Any:
@@ -53,8 +56,15 @@ class Network:
         self.initial = self.layout.flatten(trainable(module)).to(self.device)
         self.initial_buffers = self.buffer_layout.flatten(float_buffers(module)).to(self.device)
         self._bound = self._bound_buffers = 0
+        if any(m.momentum is None and m.track_running_stats for m in module.modules() if isinstance(m, BatchNorm)):
+            raise ConfigError(
+                "batch norm with momentum=None counts its batches, which no visit remembers; give it one, such as 0.1"
+            )
         self._mode: tuple[bool, bool] | None = None
-        self._norms = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        self._norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_bound": 0, "_bound_buffers": 0}  # addresses mean nothing elsewhere
 
     def bind(self, w: Tensor) -> None:
         """Points the parameters at ``w``, ``[d]`` or ``[1, d]``, contiguous memory of torch's own."""

@@ -81,6 +81,7 @@ class Bound:
         self.plain_loss = not any(overrides(h, "loss") for _, h in hooks.owners())
         self.plain_update = not any(overrides(h, "update") for _, h in hooks.owners())
         self.plain_batch = [(n, h) for n, h in hooks.owners() if overrides(h, "batch")]
+        self.draws = any(overrides(h, hook) for _, h in hooks.owners() for hook in ("order", "batch", "schedule"))
         self.schedules = [(n, h) for n, h in hooks.owners() if overrides(h, "schedule")]
         self._inner_loss = next(((n, h) for n, h in hooks.recipes if overrides(h, "loss")), None)
         self._directions = [(n, h) for n, h in hooks.recipes if overrides(h, "direction")]

@@ -8,6 +8,9 @@ in any order. The key is hashed (BLAKE2b), and the hash seeds the generator.
 from __future__ import annotations
 
 import hashlib
+import operator
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -16,8 +19,9 @@ Key = int | str
 
 
 def _digest(seed: int, purpose: str, index: tuple[Key, ...], size: int) -> bytes:
-    # repr keeps 1 and "1" apart, and the tuple's brackets keep ("a", "b") and ("ab",) apart.
-    return hashlib.blake2b(repr((seed, purpose, *index)).encode(), digest_size=size).digest()
+    # repr keeps 1 and "1" apart, and the tuple's brackets keep ("a", "b") and ("ab",) apart. A NumPy integer is an int.
+    key = tuple(k if type(k) is str else operator.index(k) for k in index)  # type: ignore[arg-type]
+    return hashlib.blake2b(repr((operator.index(seed), purpose, *key)).encode(), digest_size=size).digest()
 
 
 def derive(seed: int, purpose: str, *index: Key) -> int:
@@ -39,6 +43,21 @@ def generator(seed: int, purpose: str, *index: Key) -> torch.Generator:
         `numpy_generator`, whose key has 128 bits.
     """
     return torch.Generator().manual_seed(derive(seed, purpose, *index))
+
+
+@contextmanager
+def torch_seeded(seed: int, purpose: str, *index: Key) -> Iterator[None]:
+    """Seeds torch's own generator of the CPU for a block, and leaves it as it was.
+
+    Methods should draw from generators of their own; what draws from torch's nevertheless (``torch.randn_like``, dropout)
+    then still follows from what it is for. NumPy's and Python's global generators are not seeded.
+    """
+    state = torch.default_generator.get_state()
+    torch.default_generator.manual_seed(derive(seed, purpose, *index))
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(state)
 
 
 def numpy_generator(seed: int, purpose: str, *index: Key) -> np.random.Generator:

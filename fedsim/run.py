@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ from fedsim.program import overrides
 from fedsim.rundir import RunDir, read_metrics, read_summary, write_atomic
 from fedsim.strategy import SERVER
 from fedsim.tracking import RunInfo, Status, Trackers
+from fedsim.tracking.jsonl import Jsonl
 from fedsim.vector import Layout
 
 log = logging.getLogger("fedsim")
@@ -118,7 +119,9 @@ def execute(exp: Experiment, resume: Path | None = None) -> Result:
 @contextmanager
 def _engine(exp: Experiment) -> Iterator[Engine]:
     node = {k: v for k, v in exp.config["engine"].items() if k not in ("device", "threads")}
-    engine: Engine = instantiate(node, "engine", {"threads": exp.config["engine"]["threads"], "program": exp.program})
+    engine: Engine = instantiate(
+        node, "engine", {"threads": exp.config["engine"]["threads"], "program": exp.program, "config": exp.config}
+    )
     try:
         yield engine
     finally:
@@ -163,7 +166,8 @@ class Driver:
         self.memory = Memory(run.checkpoints / "memory", exp.config["checkpoint"]["memory"] == "disk")
         self.fed = Federation(exp.program, engine, exp.participation, exp.system, self.memory)
         self.checkpoints = Checkpoints(run.checkpoints, self.memory)
-        self.trackers = Trackers(exp.trackers)
+        own = () if any(isinstance(t, Jsonl) for t in exp.trackers) else (Jsonl(),)  # a run without its metrics is none
+        self.trackers = Trackers((*own, *exp.trackers))
         self.rounds = exp.config["rounds"]
         self.progress = Progress()
         self._begin = self._saved = time.monotonic()
@@ -208,6 +212,10 @@ class Driver:
         self._finalize()
         return self._finish()
 
+    def _seeded(self) -> AbstractContextManager[None]:
+        """For hooks of the server that draw from torch's own generator."""
+        return random.torch_seeded(self.config["seed"], "server hooks", self.fed.round_num)
+
     def _elapsed(self) -> float:
         """Seconds of work, earlier processes included."""
         return time.monotonic() - self._begin
@@ -249,10 +257,12 @@ class Driver:
     def _prepare(self) -> None:
         p, network = self.progress, self.exp.program.network
         self.fed.begin_round(0)
-        state = self.strategy.init(self.exp.info, network.initial.clone())
+        with self._seeded():
+            state = self.strategy.init(self.exp.info, network.initial.clone())
         if not isinstance(getattr(state, "w", None), Tensor):
             raise RunError(f"{type(self.strategy).__name__}.init must return a state whose `w` is the global model")
-        p.state = self.strategy.prepare(self.fed, state)
+        with self._seeded():
+            p.state = self.strategy.prepare(self.fed, state)
         self._count()
         self._save()
 
@@ -271,7 +281,8 @@ class Driver:
     def _round(self, number: int) -> dict[str, Any]:
         p, fed = self.progress, self.fed
         fed.begin_round(number)
-        p.state = self.strategy.round(fed, p.state)
+        with self._seeded():
+            p.state = self.strategy.round(fed, p.state)
         p.round_num = number
         self._count()
         done = fed.done
@@ -377,7 +388,8 @@ class Driver:
         if overrides_finalize(self.strategy):
             self._save()
             self.fed.begin_round(p.round_num + 1)  # random streams of its own
-            p.state = self.strategy.finalize(self.fed, p.state)
+            with self._seeded():
+                p.state = self.strategy.finalize(self.fed, p.state)
             self._count()
             self.fed.begin_round(p.round_num)
             p.latest = self._evaluate(p.round_num)

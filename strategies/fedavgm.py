@@ -1,7 +1,8 @@
 """FedAvgM: FedAvg with momentum on the server.
 
 Source: Hsu et al., 2019, section 4.3, https://arxiv.org/abs/1909.06335.
-Departures: none known.
+Departures:
+    1. ``server_lr`` scales the step; the paper has 1.
 """
 
 from __future__ import annotations

@@ -72,8 +72,8 @@ class Scaffold(FedAvg):
 
     def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
         delta, old = local.delta(w), local.memory.c
-        if local.steps:
-            local.memory.c = old - local.sent.c - (delta / local.lr_sum).to(old)
+        drift = torch.where(local.lr_sum > 0, delta / local.lr_sum, 0.0).to(old)
+        local.memory.c = torch.where(local.lr_sum > 0, old - local.sent.c - drift, old)  # no step: no new estimate
         return {"delta": mean(delta, self.weight(w)), "dc": total(local.memory.c - old)}
 
     def step(self, state: ScaffoldState, reduced: Reduced) -> ScaffoldState:  # type: ignore[override]

@@ -22,12 +22,12 @@ class Task:
         clients: Client ids, in order.
         visits: What tells each client's visits apart: the round (``3``, the second time ``"3.1"``), or the client's
             task (``"task.5"``).
-        memory: Each client's memory rows.
         sent: Handle of the broadcast payload (`Engine.put`).
+        round_num: Number of the round.
+        memory: Each client's memory rows.
         unicast: Payload for these clients only, ``[C, ...]`` each.
         half: The half of a phase; None: the strategy's own.
         phase: ``train`` or the name of a phase.
-        round_num: Number of the round.
         first_leaf: Place of the first client in the reduction tree.
         num_leaves: Size of the reduction tree.
         steps: Local steps instead of the configured work.
@@ -37,14 +37,14 @@ class Task:
 
     clients: tuple[int, ...]
     visits: tuple[int | str, ...]
-    memory: tuple[Rows, ...]
     sent: Any
-    unicast: dict[str, Any]
-    half: ClientHalf | None
-    phase: str
     round_num: int
-    first_leaf: int
-    num_leaves: int
+    memory: tuple[Rows, ...] = ()
+    unicast: dict[str, Any] = field(default_factory=dict)
+    half: ClientHalf | None = None
+    phase: str = "train"
+    first_leaf: int = 0
+    num_leaves: int = 1
     steps: int | None = None
     epochs: int | None = None
     model: Callable[[nn.Module], nn.Module] | None = None

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fedsim import random
 from fedsim.clients.batch import Batch
 from fedsim.clients.local import Local, Visit
 from fedsim.engine.base import EvalTask, Outcome, Score, Task
@@ -38,7 +39,7 @@ class Worker:
         Raises:
             ClientError: Local training failed; names the client, the round and the seed.
         """
-        with _own_random_state():
+        with random.torch_seeded(self.program.seed, "worker"):
             return self._train(task) if isinstance(task, Task) else self._score(task)
 
     # --- training ------------------------------------------------------------------------------------
@@ -54,6 +55,7 @@ class Worker:
             visit = Visit(client, task.round_num, task.phase, task.visits[i], "train", task.steps, task.epochs, rows)
             try:
                 own_sent = _lane(task.unicast, i, program.device)
+                self._seed("hooks", task.phase, task.visits[i], client)
                 with _read_only(sent, own_sent, rows):
                     own = self._bind_buffers(program, buffers, rows)
                     local = Local(program, visit, sent | own_sent, hooks)
@@ -119,12 +121,17 @@ class Worker:
         network.bind_buffers(buffers)
         return buffers
 
+    def _seed(self, purpose: str, *index: int | str) -> None:
+        """What draws from torch's own generator still follows from who, when and what for alone."""
+        torch.default_generator.manual_seed(random.derive(self.program.seed, purpose, *index))
+
     # --- evaluation ----------------------------------------------------------------------------------
 
     @torch.no_grad()
     def _score(self, task: EvalTask) -> list[Score]:
         program, scores = self.program, []
         sent, buffers = lead(task.sent, self.program.device), task.sent.get("buffers")
+        self._seed("evaluate", task.round_num, task.split, task.rows[0])
         if task.split != "heldout":
             split = program.dataset.test if task.split == "test" else program.server
             assert split is not None
@@ -135,6 +142,7 @@ class Worker:
             a, b = task.rows
             return [self._score_rows(local, local.start, split.x, split.y, torch.arange(a, b))]
         for i, client in enumerate(task.clients):
+            self._seed("evaluate", task.round_num, task.mode, client)
             visit = Visit(client, task.round_num, "evaluate", task.round_num, task.mode, memory=task.memory[i])
             local = Local(program, visit, sent | _lane(task.unicast, i, program.device))
             self._bind_buffers(program, buffers, task.memory[i] if task.mode == "personal" else {})
@@ -203,16 +211,6 @@ def _keep(t: Tensor) -> Tensor:
 def _lane(unicast: Mapping[str, Any], i: int, device: torch.device) -> dict[str, Any]:
     """What client ``i`` got of its own, on the device, with a client axis of 1."""
     return {k: map_tensors(lambda t: t.to(device).unsqueeze(0), lane(v, i)) for k, v in unicast.items()}
-
-
-@contextmanager
-def _own_random_state() -> Iterator[None]:
-    """Leaves torch's global generator as it was."""
-    state = torch.default_generator.get_state()
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(state)
 
 
 @contextmanager
