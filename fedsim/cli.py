@@ -231,7 +231,7 @@ def _sweep(request: Request) -> None:
     """Every combination, one run directory each, through Hydra's sweeper and launcher."""
     import hydra
 
-    from fedsim.compose import explain, prepare, resolve, search_path
+    from fedsim.compose import explain, own_targets, prepare, resolve, search_path
 
     if any(o.lstrip("+").startswith("resume=") for o in request.rest):
         raise ConfigError("a sweep (-m) makes new runs; go on with one run at a time, without -m")
@@ -250,7 +250,7 @@ def _sweep(request: Request) -> None:
         try:
             print(f"\n{name}" if done else name, flush=True)
             done += 1
-            final = execute(build(resolve(tree), task)).summary["final"]
+            final = execute(build(own_targets(resolve(tree), task), task)).summary["final"]
         except BrokenPipeError:
             _leave()
         except Exception as exc:

@@ -31,7 +31,20 @@ def compose(overrides: Sequence[str], config_dir: Path | None = None) -> Config:
         tree = _hydra_compose(overrides, config_dir)
     except Exception as exc:  # Hydra's, OmegaConf's and YAML's errors, and ValueError for a group set to a number
         raise ConfigError(explain(exc, overrides, config_dir)) from exc
-    return resolve(tree)
+    return own_targets(resolve(tree), overrides)
+
+
+def own_targets(config: Config, overrides: Sequence[str]) -> Config:
+    """Where the user names a class (``model._target_=net.Net``), the options of the default one are left out.
+
+    What the platform reads (``model.weights``) stays, and so does what the user gave.
+    """
+    given = {o.key_or_group for o in _parse(overrides) if not o.is_delete()}
+    for group in GROUPS:
+        if f"{group}._target_" in given and group not in given:
+            kept = {key for key in map(str, config[group]) if {f"{group}.{key}"} & (given | set(SCHEMA))}
+            config[group] = {key: value for key, value in config[group].items() if key in kept}
+    return config
 
 
 def requested(overrides: Sequence[str], config_dir: Path | None = None) -> tuple[Config, Path | None]:

@@ -49,8 +49,8 @@ def generator(seed: int, purpose: str, *index: Key) -> torch.Generator:
 def torch_seeded(seed: int, purpose: str, *index: Key) -> Iterator[None]:
     """Seeds torch's own generator of the CPU for a block, and leaves it as it was.
 
-    Methods should draw from generators of their own; what draws from torch's nevertheless (``torch.randn_like``, dropout)
-    then still follows from what it is for. NumPy's and Python's global generators are not seeded.
+    Methods should draw from generators of their own; what draws from torch's nevertheless (``torch.randn_like``,
+    dropout) then still follows from what it is for. NumPy's and Python's global generators are not seeded.
     """
     state = torch.default_generator.get_state()
     torch.default_generator.manual_seed(derive(seed, purpose, *index))

@@ -166,8 +166,10 @@ class Driver:
         self.memory = Memory(run.checkpoints / "memory", exp.config["checkpoint"]["memory"] == "disk")
         self.fed = Federation(exp.program, engine, exp.participation, exp.system, self.memory)
         self.checkpoints = Checkpoints(run.checkpoints, self.memory)
-        own = () if any(isinstance(t, Jsonl) for t in exp.trackers) else (Jsonl(),)  # a run without its metrics is none
-        self.trackers = Trackers((*own, *exp.trackers))
+        first = (
+            () if any(isinstance(t, Jsonl) for t in exp.trackers) else (Jsonl(),)
+        )  # a run without its metrics is none
+        self.trackers = Trackers((*first, *exp.trackers))
         self.rounds = exp.config["rounds"]
         self.progress = Progress()
         self._begin = self._saved = time.monotonic()

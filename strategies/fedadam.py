@@ -3,7 +3,7 @@
 Source: Reddi et al., 2021, Algorithm 2, https://arxiv.org/abs/2003.00295.
 Departures:
     1. Clients count by their numbers of examples; the paper averages uniformly (``weights=uniform``).
-    2. The paper starts ``v`` at a value of at least ``tau^2``; here ``v_0 = tau^2``. No bias correction, as in the paper.
+    2. The paper starts ``v`` at a value of at least ``tau^2``; here ``v_0 = tau^2``. No bias correction, as there.
 """
 
 from __future__ import annotations

@@ -144,7 +144,10 @@ REFUSED: list[tuple[str, str]] = [
     # what does not go together
     ("client.steps=5", "give one of client.epochs and client.steps and set the other to null; got client.epochs=2"),
     ("client.epochs=null", "got client.epochs=null client.steps=null"),
-    ("client.optimizer=sgdd", "client.optimizer must be one of sgd, adam, adamw, got 'sgdd' (did you mean 'sgd'?)"),
+    (
+        "client.optimizer=sgdd",
+        "client.optimizer must be one of sgd, adam, adamw, adagrad, got 'sgdd' (did you mean 'sgd'?)",
+    ),
     ("client.optimizer=adam client.momentum=0.9", "client.momentum=0.9 has no effect with client.optimizer=adam"),
     ("client.betas=[0.5,0.5]", "client.betas=[0.5, 0.5] has no effect with client.optimizer=sgd"),
     ("client.nesterov=true", "client.nesterov=true needs client.momentum > 0"),
@@ -188,8 +191,11 @@ REFUSED: list[tuple[str, str]] = [
     ("strategy._target_=tests.wrong.NUMBER", "must be a class or a function, got int"),
     ("strategy._target_=3", "strategy must be a config with a `_target_`"),
     ("strategy._target_=tests.wrong.number", "must make a fedsim.strategy.Strategy, got int"),
-    ("strategy._target_=tests.wrong.NoServer", "unknown key 'strategy.weights'; tests.wrong.NoServer takes: nothing"),
-    ("~strategy.weights strategy._target_=tests.wrong.NoServer", "needs a `step` or a `round`"),
+    ("strategy._target_=tests.wrong.NoServer", "needs a `step` or a `round`"),
+    (
+        "strategy._target_=tests.wrong.NoServer strategy.weights=uniform",
+        "unknown key 'strategy.weights'; tests.wrong.NoServer takes: nothing",
+    ),
     ("data._target_=tests.wrong.number", "must make an object with the methods load; int has no load"),
     ("partition._target_=tests.wrong.number", "int has no __call__"),
     ("participation._target_=tests.wrong.Empty", "make an object with the methods check, sample; Empty has no check"),
@@ -399,7 +405,8 @@ def test_a_resume_changes_what_does_not_change_results_and_nothing_else(run: Pat
         ([], {}),
         (["rounds=9", "checkpoint.every=5"], {"rounds": 9, "checkpoint": {**before["checkpoint"], "every": 5}}),
         (["engine=inline", "tracker=[]"], {"tracker": {}}),  # threads stay: bits follow them
-        (["engine.threads=1", "engine=inline"], {"engine": {**before["engine"], "threads": 1}}),
+        (["engine.threads=2", "engine=inline"], {}),
+        (["+data.root=/elsewhere"], {"data": {**before["data"], "root": "/elsewhere"}}),
         (["~tracker.jsonl"], {"tracker": {}}),
         (["tracker=[jsonl]", "+engine.new=1"], {"engine": {**before["engine"], "new": 1}}),
     ):
@@ -413,10 +420,12 @@ def test_a_resume_changes_what_does_not_change_results_and_nothing_else(run: Pat
     [
         (
             "client.lr=0.5",
-            "client.lr=0.5 would make it another run; only engine, tracker, checkpoint, rounds may change",
+            "client.lr=0.5 would make it another run; only engine, tracker, checkpoint, rounds, data.root may change",
         ),
         ("strategy=fedavg", "strategy=fedavg would make it another run"),
         ("~client.lr", "~client.lr would make it another run"),
+        ("engine.threads=7", "engine.threads changes bits: this run has 1"),
+        ("engine.device=cuda", "engine.device changes bits: this run has cpu"),
         ("name=other", "name=other would make it another run"),
         ("rounds=1", "has done 2 rounds already"),
         ("rounds=many", "rounds must be a whole number, at least 1, got 'many'"),
