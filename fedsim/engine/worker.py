@@ -75,7 +75,8 @@ class Worker:
             except FedsimError as exc:
                 raise ClientError(f"{_where(task, i, program.seed)}: {exc}") from exc
             except Exception as exc:
-                raise ClientError(f"{_where(task, i, program.seed)}: {type(exc).__name__}: {exc}") from exc
+                what = f"{type(exc).__name__}: {exc}{_remedy(exc)}"
+                raise ClientError(f"{_where(task, i, program.seed)}: {what}") from exc
             out.memory.append(new)
             out.bytes_up.append(0 if client == SERVER else sum(_charge(program, e) for e in entries.values()))
             out.scored.append(local.stats.scored)
@@ -190,6 +191,13 @@ def _where(task: Task, i: int, seed: int) -> str:
     who = "the server's visit" if task.clients[i] == SERVER else f"client {task.clients[i]}"
     phase = "" if task.phase == "train" else f", phase {task.phase}"
     return f"round {task.round_num}{phase}, {who} (seed {seed}): local training failed"
+
+
+def _remedy(exc: Exception) -> str:
+    """What to do about an error of torch that does not say it."""
+    if "more than 1 value per channel" in str(exc):
+        return "; batch norm cannot train on a batch of one: set client.drop_last=true, or use a model with group norm"
+    return ""
 
 
 def _check_vector(w: object, local: Local) -> None:
