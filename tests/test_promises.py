@@ -19,7 +19,7 @@ from fedsim.clients.local import Local
 from fedsim.clients.optimizers import Adagrad
 from fedsim.compose import compose
 from fedsim.engine.inline import InlineEngine
-from fedsim.errors import ConfigError, RunError
+from fedsim.errors import ClientError, ConfigError, RunError
 from fedsim.experiment import build
 from fedsim.federation import Federation
 from fedsim.memory import Memory
@@ -182,3 +182,11 @@ def test_adagrad_can_be_chosen(tmp_path: Path) -> None:
     assert optimizer("client.eps=1e-6", "client.weight_decay=0.1") == Adagrad(eps=1e-6, weight_decay=0.1)
     with pytest.raises(ConfigError, match=r"client.momentum=0.9 has no effect"):
         optimizer("client.momentum=0.9")
+
+
+def test_a_batch_of_one_under_batch_norm_has_a_remedy() -> None:
+    exp = build(compose([*NORM, "client.batch_size=1"]))
+    fed = Federation(exp.program, InlineEngine(exp.program), exp.participation, exp.system, Memory(Path("unused")))
+    fed.begin_round(1)
+    with pytest.raises(ClientError, match=r"round 1, client 0 .*batch norm .* client.drop_last=true"):
+        fed.train([0], exp.program.strategy.init(exp.info, exp.program.network.initial.clone()))
