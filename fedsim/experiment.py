@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from fedsim import config as conf
 from fedsim import random
-from fedsim.clients.local import ClientOptions
 from fedsim.clients.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, TorchOptimizer
+from fedsim.clients.visit import ClientOptions
 from fedsim.compose import requested
 from fedsim.config import Config
 from fedsim.data import Clients, Dataset, Partition, PartitionedClients, Split, hold_out

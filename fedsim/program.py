@@ -26,7 +26,8 @@ from fedsim.strategy import SERVER, ClientHalf, Grad, Model, Strategy
 
 if TYPE_CHECKING:
     from fedsim.clients.batch import Batch
-    from fedsim.clients.local import ClientOptions, Local
+    from fedsim.clients.local import Local
+    from fedsim.clients.visit import ClientOptions
 
 SINGLE_OWNER = ("order", "update", "work", "predict", "personal")
 RESERVED = ("strategy", "stream", "buffers", "sent", "task")  # first parts of the names of memory rows

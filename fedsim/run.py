@@ -22,7 +22,8 @@ from torch import Tensor
 from fedsim import config as conf
 from fedsim import random, tree
 from fedsim.checkpoint import Checkpoints
-from fedsim.clients.local import Local, Visit
+from fedsim.clients.local import Local
+from fedsim.clients.visit import Visit
 from fedsim.engine.base import Engine, Score
 from fedsim.engine.worker import lead
 from fedsim.errors import ConfigError, FedsimError, RunError, one_line

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from fedsim import random
 from fedsim.clients.batch import Batch
-from fedsim.clients.local import Local, Visit
+from fedsim.clients.local import Local
+from fedsim.clients.visit import Visit
 from fedsim.compose import compose
 from fedsim.config import Config, config_hash, dump
 from fedsim.data import Dataset, IntArray, Shard, Split

@@ -115,7 +115,7 @@ def test_no_two_clients_or_epochs_share_an_order() -> None:
     fed = Federation(exp.program, InlineEngine(exp.program), exp.participation, exp.system, Memory(Path("unused")))
     orders: dict[tuple[int, int], list[int]] = {}
     for client, epoch in itertools.product(range(4), range(3)):
-        from fedsim.clients.local import Visit
+        from fedsim.clients.visit import Visit
 
         local = Local(exp.program, Visit(client, 1, "train", 1), {"w": fed.program.network.initial[None]})
         order = local.permutation(epoch)[0].tolist()

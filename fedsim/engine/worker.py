@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedsim import random
 from fedsim.clients.batch import Batch
-from fedsim.clients.local import Local, Visit
+from fedsim.clients.local import Local
+from fedsim.clients.visit import Visit
 from fedsim.engine.base import EvalTask, Outcome, Score, Task
 from fedsim.errors import ClientError, ConfigError, FedsimError
 from fedsim.network import Point, map_tensors

@@ -1,0 +1,68 @@
+"""From the outcomes of a cohort's pieces to its reduced entries."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.engine.base import Outcome
+from fedsim.errors import ClientError, RunError
+from fedsim.program import Program
+from fedsim.reduce import Rows, TreeSum, finish
+
+
+class Collector:
+    """Finishes the reduction tree from pieces, in whatever order they come.
+
+    Args:
+        program: For the layout.
+        num_leaves: Size of the tree.
+    """
+
+    def __init__(self, program: Program, num_leaves: int) -> None:
+        self._layout, self._size = program.layout, num_leaves
+        self._kinds: dict[str, str] = {}
+        self._trees: dict[str, TreeSum] = {}
+        self._rows: dict[str, list[Any]] = {}
+        self._num_examples: list[int] = []
+
+    def add(self, outcome: Outcome) -> None:
+        """Takes a piece; pieces with rows must come in order.
+
+        Raises:
+            ClientError: Its clients sent other entries than those before.
+        """
+        self._kinds = self._kinds or outcome.kinds
+        if outcome.kinds != self._kinds:
+            raise ClientError(
+                f"some clients sent the entries {self._kinds}, others {outcome.kinds}; finish() must return the same "
+                "names and reductions for every client"
+            )
+        for name, nodes in outcome.nodes.items():
+            sums = self._trees.setdefault(name, TreeSum(self._size))
+            for node, value in nodes.items():
+                try:
+                    sums.add(node, value)
+                except ValueError as exc:
+                    raise ClientError(f"entry '{name}': {exc}") from exc
+        for name, rows in outcome.rows.items():
+            self._rows.setdefault(name, []).extend(rows)
+        self._num_examples += outcome.num_examples
+
+    def values(self) -> tuple[dict[str, Any], Tensor]:
+        """The reduced entries by name, and the clients' numbers of examples, float64 ``[m]``."""
+        num_examples = torch.tensor(self._num_examples, dtype=torch.float64)
+        out: dict[str, Any] = {}
+        for name, kind in self._kinds.items():
+            if kind == "concat":
+                out[name] = self._rows[name]
+            elif kind == "stack":
+                out[name] = Rows([torch.stack(self._rows[name])], num_examples, self._layout)
+            else:
+                value = self._trees[name].result()
+                if kind == "mean" and value[1].numel() == 1 and not bool(value[1]):
+                    raise RunError(f"entry '{name}': all weights of the cohort are 0; does it hold any examples?")
+                out[name] = finish(kind, value)
+        return out, num_examples
