@@ -37,7 +37,7 @@ class Batch(SimpleNamespace):
     @property
     def plain(self) -> bool:
         """Whether it is one client's, and its objective the plain mean over all entries."""
-        return self.weight is None and "_keep" not in self.__dict__ and len(self.index) == 1
+        return self.weight is None and "_keep" not in self.__dict__ and self.index.shape[0] == 1
 
     def sum(self, v: Tensor) -> Tensor:
         """Sum over the real examples: ``[C, B]`` to ``[C]``."""

@@ -79,6 +79,8 @@ class Local:
         self._batch: Batch | None = None
         self._grads: list[Tensor] = []
         self._used = 0
+        self._seeds: dict[tuple[str, str], int] = {}
+        self._cuda = program.device.type == "cuda"
         self._losses: list[Tensor] = []
         self._only: list[int] | None = None
         self._stream: Stream | None = None
@@ -190,7 +192,8 @@ class Local:
 
     def delta(self, w: Tensor) -> Tensor:
         """``w - start`` in float64, ``[1, d]``; 0 where parameters are private or frozen."""
-        delta = w.double().sub_(self.start) if w.dtype != torch.float64 else w - self.start
+        delta = w.double()
+        delta = delta.sub_(self._program.double_start(self.start)) if delta is not w else w - self.start
         if self._program.kept_out is not None:
             delta[:, self._program.kept_out] = 0.0
         return delta
@@ -246,9 +249,12 @@ class Local:
 
     def _seed(self, purpose: str) -> None:
         """Seeds torch's own generators, for layers and hooks that draw from them, by stream, client and step."""
-        seed = random.derive(self._program.seed, purpose, self._stream_name, self._visit.client, self.step)
+        key = purpose, self._stream_name
+        if key not in self._seeds:  # hashed once: steps take consecutive seeds
+            self._seeds[key] = random.derive(self._program.seed, *key, self._visit.client)
+        seed = (self._seeds[key] + self.step) & 0x7FFF_FFFF_FFFF_FFFF
         torch.default_generator.manual_seed(seed)
-        if self._program.device.type == "cuda":
+        if self._cuda:
             torch.cuda.manual_seed(seed)
 
     # --- batches -------------------------------------------------------------------------------------
@@ -262,7 +268,9 @@ class Local:
         return self.take(torch.arange(self.n).unsqueeze(0))
 
     def _gather(self, index: Tensor, weight: Tensor | None, repeats: bool = False) -> Batch:
-        program, i = self._program, index[0] % self.n if repeats else index[0]
+        program, i = self._program, index.squeeze(0)
+        if repeats:
+            i = i % self.n
         if self._ready is not None:
             i = i if self._ready[0].device == i.device else i.to(self._ready[0].device)
             x, y = self._ready[0].index_select(0, i), self._ready[1].index_select(0, i)
@@ -323,12 +331,14 @@ class Local:
             self._draw(stream)
         order = stream.order
         assert order is not None
-        size, a, n = size or len(order), stream.offset, len(order)
+        a, n = stream.offset, order.shape[0]
+        size = size or n
         b = min(a + size, n)
         stream.offset = b
         if b == n or (self.options.drop_last and n - b < size):
             stream.epoch, stream.offset, stream.order = stream.epoch + 1, 0, None
-        return order[None, a:b], None if stream.weight is None else stream.weight[None, a:b]
+        weight = None if stream.weight is None else stream.weight.narrow(0, a, b - a).unsqueeze(0)
+        return order.narrow(0, a, b - a).unsqueeze(0), weight
 
     def optimizer(self, w: Tensor, d: Tensor) -> Tensor:
         """The configured optimizer's step along ``d``, ``[1, d]``; may write into ``w``."""

@@ -237,6 +237,7 @@ class Program:
         self.options, self.seed = options, seed
         self.hooks = Hooks(self.recipes, strategy)
         self._variants: dict[Any, Program] = {}
+        self._double: tuple[Tensor, Tensor] | None = None
         self._install(self.rebuild(module))
 
     def _install(self, module: nn.Module) -> None:
@@ -263,6 +264,12 @@ class Program:
                 self._variants.pop(next(iter(self._variants)))
             self._variants[model] = other
         return self._variants[model]
+
+    def double_start(self, start: Tensor) -> Tensor:
+        """``start`` in float64; the clients of a task start from one tensor, so the last one is kept."""
+        if self._double is None or self._double[0] is not start:
+            self._double = start, start.double()
+        return self._double[1]
 
     def rebuild(self, module: nn.Module) -> nn.Module:
         """Applies the `ClientHalf.model` hooks, innermost first; each draws new weights from its own stream."""

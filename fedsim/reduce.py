@@ -242,6 +242,8 @@ def leaf(entry: Entry, num_examples: Tensor) -> tuple[Tensor, ...]:
     weight = (num_examples if entry.weight is None else entry.weight).to(x)
     if weight.shape != x.shape:
         weight = weight.view(len(x), *[1] * (x.dim() - 1))
+    if len(x) == 1:
+        return weight[0] * x[0], weight[0].clone()
     return (weight * x).sum(0), weight.sum(0)
 
 
