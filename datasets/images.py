@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -258,6 +259,7 @@ class Images:
         import datasets
 
         datasets.disable_progress_bars()
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries; what they end in is said below
         try:
             loaded = datasets.load_dataset(self.path, self.config, revision=self.revision)
         except Exception as exc:  # no network, no such set, a gated set, a broken one: the library's reason is the best
