@@ -29,6 +29,9 @@ fedsim: simulated federated learning
   fedsim list [group]               what there is           fedsim list strategy
   fedsim partition [key=value ...]  look at a partition     fedsim partition partition.alpha=0.1
   fedsim compare <run> ...          table of several runs   fedsim compare runs/fedavg-digits runs/fedprox-digits
+  fedsim report <run> ...           page about runs         fedsim report runs/fedavg-digits runs/fedprox-digits
+  fedsim replay <run> round= client=  one visit alone       fedsim replay runs/fedavg-digits/2026... round=7 client=42
+  fedsim doctor                     is all well here?
 
   --dry-run           build everything and print what a run would cost, without training
   --cfg               print the resolved config
@@ -332,15 +335,62 @@ def _partition(args: list[str]) -> None:
     print(align(rows, left=2))
 
 
-def _compare(args: list[str]) -> None:
-    runs = _request(args).rest
+def _words(args: Sequence[str], command: str, *keys: str) -> tuple[list[Path], dict[str, str]]:
+    """Run directories, and options written as key=value.
+
+    Raises:
+        ConfigError: No directory is named, or an option is unknown or given twice.
+    """
+    runs: list[Path] = []
+    given: dict[str, str] = {}
+    for word in _request(args).rest:
+        key, equals, value = word.partition("=")
+        if not equals or Path(word).expanduser().exists() or "/" in key:
+            runs.append(Path(word).expanduser())
+        elif key not in keys:
+            known = f"; it takes {', '.join(f'{k}=' for k in keys)}" if keys else ""
+            raise ConfigError(f"fedsim {command} has no option {key}={did_you_mean(key, keys)}{known}")
+        elif key in given:
+            raise ConfigError(f"fedsim {command}: {key}= is given twice; give it once")
+        elif not value:
+            raise ConfigError(f"fedsim {command}: {key}= needs a value, without spaces around the '='")
+        else:
+            given[key] = value
     if not runs:
         raise ConfigError(
-            "fedsim compare needs run directories, such as fedsim compare runs/fedavg-digits runs/fedprox-digits"
+            f"fedsim {command} needs a run directory, such as runs/fedavg-digits/20260101-120000-1a2b3c4d"
         )
-    from fedsim.report.compare import compare
+    return runs, given
 
-    compare([Path(run) for run in runs]).show()
+
+def _compare(args: list[str]) -> None:
+    runs, given = _words(args, "compare", "target", "format")
+    from fedsim.report.compare import compare, shown_as, target
+
+    style = shown_as(given.get("format", "text"))
+    compare(runs, target(given["target"]) if "target" in given else None).show(style)
+
+
+def _report(args: list[str]) -> None:
+    runs, given = _words(args, "report", "out")
+    from fedsim.report.html import write_report
+
+    print(write_report(runs, Path(given["out"]).expanduser() if "out" in given else None))
+
+
+def _replay(args: list[str]) -> None:
+    runs, given = _words(args, "replay", "round", "client", "phase")
+    from fedsim.replay import command
+
+    command(runs, given)
+
+
+def _doctor(args: list[str]) -> None:
+    if words := _request(args).rest:
+        raise ConfigError(f"fedsim doctor takes no arguments, got '{' '.join(words)}'")
+    from fedsim.doctor import doctor
+
+    doctor()
 
 
 #: What each command does, and its help.
@@ -370,6 +420,40 @@ The pictures go to partition/ under `run_dir`.
 fedsim compare <run> ...: a table of runs; runs that differ by seed alone become mean ± std
 
 A run is a run directory, or a folder with run directories in it.
+
+  target=<accuracy>     adds rounds and bytes until a test accuracy (a fraction) was first reached: target=0.9
+  format=<kind>         text (default), markdown or csv
+""",
+    ),
+    "report": (
+        _report,
+        """\
+fedsim report <run> ...: one HTML file about one run, or about several over each other
+
+A run is a run directory, or a folder with run directories in it. The file holds its pictures and needs no network.
+
+  out=<file>            where to; default: report.html in the run directory, or in the folder that holds all runs
+""",
+    ),
+    "replay": (
+        _replay,
+        """\
+fedsim replay <run> round=<number> client=<id>: one client's visit again, alone, in this process
+
+Starts from the nearest checkpoint before that round, computes the rounds between, trains that client only, and says
+whether what it sends and what it keeps have the recorded hashes. An error of the client comes with its traceback.
+For a debugger: python -m pdb -m fedsim.cli replay <run> round=7 client=42
+
+  phase=<name>          of a round with several phases, the one that is meant; default: all
+  client=server         the server's own visit
+""",
+    ),
+    "doctor": (
+        _doctor,
+        """\
+fedsim doctor: versions, cores, memory, disk, GPUs, Ray, W&B, data found, and a short benchmark of this machine
+
+Exit status 0 if fedsim can run here, 1 if it cannot.
 """,
     ),
 }
