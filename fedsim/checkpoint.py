@@ -2,7 +2,7 @@
 
 A checkpoint is one ``.safetensors`` file: the driver's state, the server's, the federation's, and the names of the
 segments of client memory. Its name carries the first 16 digits of its SHA-256, so that a damaged one is known; it is
-written beside its name and renamed, so that a half-written one is never seen. The last two are kept.
+written beside its name and renamed, so that a half-written one is never seen. The last few are kept.
 """
 
 from __future__ import annotations
@@ -23,19 +23,17 @@ from fedsim.rundir import write_atomic
 
 log = logging.getLogger(__name__)
 
-KEEP = 2
-
-
 class Checkpoints:
     """The checkpoints of one run.
 
     Args:
         folder: ``checkpoints/`` of the run.
         memory: Client memory, saved and restored with the rest.
+        keep: How many are kept, at least 2, so that the newest may be damaged; None: all.
     """
 
-    def __init__(self, folder: Path, memory: Memory) -> None:
-        self._folder, self._memory = folder, memory
+    def __init__(self, folder: Path, memory: Memory, keep: int | None = 2) -> None:
+        self._folder, self._memory, self._keep = folder, memory, keep
         self._kept: dict[Path, list[str]] = {}  # oldest first, with the segments that each needs
 
     def save(self, round_num: int, content: Any) -> Path:
@@ -59,7 +57,7 @@ class Checkpoints:
         write_atomic(path, data)
         self._kept.pop(path, None)
         self._kept[path] = segments
-        for old in list(self._kept)[:-KEEP]:
+        for old in list(self._kept)[: -self._keep] if self._keep else ():
             old.unlink(missing_ok=True)
             del self._kept[old]
         self._memory.collect(self._kept.values())
@@ -78,11 +76,12 @@ class Checkpoints:
             return None
         *older, newest = found
         saved = tree_of(newest)
-        for path in older[: 1 - KEEP]:  # a process was killed before it removed them
+        extra = max(0, len(found) - self._keep) if self._keep else 0
+        for path in older[:extra]:  # a process was killed before it removed them, or fewer are wanted now
             path.unlink()
-        for path in older[1 - KEEP :]:
+        for path in older[extra:]:
             try:
-                self._kept[path] = tree_of(path)["memory"]
+                self._kept[path] = segments_of(path)
             except FedsimError as exc:  # it is not needed
                 log.warning("%s", exc)
                 self._kept[path] = []
@@ -94,6 +93,22 @@ class Checkpoints:
 def files(folder: Path) -> list[Path]:
     """The checkpoints of a run, oldest first."""
     return sorted(folder.glob("[0-9]*-*.safetensors"), key=lambda p: (int(p.name.split("-")[0]), p.stat().st_mtime_ns))
+
+
+def segments_of(path: Path) -> list[str]:
+    """The segments of client memory that a checkpoint names; the rest of it is not read.
+
+    Raises:
+        RunError: It is damaged.
+    """
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            node = json.loads(json.loads(file.read(size))["__metadata__"]["tree"])
+        names: list[str] = dict(node["dict"])["memory"]
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, MemoryError) as exc:
+        raise RunError(f"checkpoint {path} is damaged ({exc})") from exc
+    return names
 
 
 def tree_of(path: Path) -> dict[str, Any]:

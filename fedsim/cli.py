@@ -232,12 +232,16 @@ def _plan(request: Request) -> tuple[Experiment, Path | None]:
 
 def _sweep(request: Request) -> None:
     """Every combination, one run directory each, through Hydra's sweeper and launcher."""
+    import secrets
+    from datetime import datetime
+
     import hydra
 
     from fedsim.compose import explain, own_targets, prepare, resolve, search_path
 
     if any(o.lstrip("+").startswith("resume=") for o in request.rest):
         raise ConfigError("a sweep (-m) makes new runs; go on with one run at a time, without -m")
+    sweep = f"sweep-{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(2)}"
     failed: list[str] = []
     done = 0
 
@@ -253,7 +257,7 @@ def _sweep(request: Request) -> None:
         try:
             print(f"\n{name}" if done else name, flush=True)
             done += 1
-            final = execute(build(own_targets(resolve(tree), task), task)).summary["final"]
+            final = execute(build(own_targets(resolve(tree), task), task), sweep=sweep).summary["final"]
         except BrokenPipeError:
             _leave()
         except Exception as exc:
@@ -417,12 +421,13 @@ The pictures go to partition/ under `run_dir`.
     "compare": (
         _compare,
         """\
-fedsim compare <run> ...: a table of runs; runs that differ by seed alone become mean ± std
+fedsim compare <run> ...: a table of runs; runs that differ by seed alone become mean ± sample standard deviation
 
-A run is a run directory, or a folder with run directories in it.
+A run is a run directory, or a folder with run directories in it. In bold: the best of a column, among rows with the
+same partition. Runs must be finished, and of the same data.
 
   target=<accuracy>     adds rounds and bytes until a test accuracy (a fraction) was first reached: target=0.9
-  format=<kind>         text (default), markdown or csv
+  format=<kind>         text (default), markdown, or csv, which has every number, unrounded
 """,
     ),
     "report": (
@@ -430,7 +435,8 @@ A run is a run directory, or a folder with run directories in it.
         """\
 fedsim report <run> ...: one HTML file about one run, or about several over each other
 
-A run is a run directory, or a folder with run directories in it. The file holds its pictures and needs no network.
+A run is a run directory, or a folder with run directories in it; unfinished ones are shown as far as they came. The
+file holds its pictures and needs no network. A run that finishes has its own report already.
 
   out=<file>            where to; default: report.html in the run directory, or in the folder that holds all runs
 """,

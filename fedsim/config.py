@@ -191,12 +191,14 @@ SCHEMA: dict[str, Check] = {
     "engine.threads": _integer(1),
     "eval.every": _integer(1),
     "eval.clients": _eval_clients,
+    "eval.finetune_epochs": _integer(0),
     "tracker": _named_targets,
     "stop.target_accuracy": _number("(0, 1]", null=True),
     "stop.patience": _integer(1, null=True),
     "stop.virtual_seconds": _number("(0, inf)", null=True),
     "checkpoint.every": _integer(0),
     "checkpoint.seconds": _number("[0, inf)"),
+    "checkpoint.keep": _integer(2, null=True),
     "checkpoint.memory": _choice("ram", "disk"),
 }
 OPEN = {key for key, check in SCHEMA.items() if check in (_target, _named_targets)}

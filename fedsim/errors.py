@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any, Self
 
 
 class FedsimError(Exception):
@@ -30,7 +31,18 @@ class RunError(FedsimError, RuntimeError):
 
 
 class ClientError(RunError):
-    """Local training failed; names the client, the round and the seed."""
+    """Local training failed; names the client, the round and the seed.
+
+    Attributes:
+        visit: Which visit it was: ``round``, ``client`` and ``phase``; None if it belongs to no single one.
+    """
+
+    visit: dict[str, Any] | None = None
+
+    def of(self, round_num: int, client: int, phase: str) -> Self:
+        """This error, as that of one visit."""
+        self.visit = {"round": round_num, "client": client, "phase": phase}
+        return self
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

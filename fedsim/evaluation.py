@@ -19,22 +19,27 @@ def merge(scores: Sequence[Score]) -> Score:
 
 
 def metrics(score: Score) -> dict[str, Any]:
-    """Loss, and for classification accuracy, macro-F1 and the accuracy of each class.
+    """Loss, and for classification accuracy, macro-F1 and tables over the classes.
 
-    Macro-F1 is the unweighted mean of ``2 TP / (2 TP + FP + FN)`` over the classes that occur among labels or
-    predictions; the accuracy of a class without examples is NaN.
+    The F1 of a class is ``2 TP / (2 TP + FP + FN)``, macro-F1 its unweighted mean over the classes that occur among
+    labels or predictions. The accuracy of a class (its recall) is NaN without examples, its precision without
+    predictions, its F1 without either.
 
     Returns:
-        ``loss``, ``accuracy``, ``macro_f1`` (floats) and ``class_accuracy`` (list of K floats).
+        ``loss``, ``accuracy``, ``macro_f1`` (floats); ``class_count`` (examples), ``class_accuracy``,
+        ``class_precision`` and ``class_f1`` (lists of K numbers).
     """
     out: dict[str, Any] = {"loss": score.loss / score.count if score.count else math.nan}
     if not score.confusion.numel():
         return out
     hits, labels, predicted = score.confusion.diagonal().double(), score.confusion.sum(1), score.confusion.sum(0)
     out["accuracy"] = float(hits.sum() / score.count) if score.count else math.nan
-    seen = labels + predicted
-    out["macro_f1"] = float((2 * hits / seen)[seen > 0].mean()) if score.count else math.nan
+    f1 = 2 * hits / (labels + predicted)
+    out["macro_f1"] = float(f1.nanmean()) if score.count else math.nan
+    out["class_count"] = labels.tolist()
     out["class_accuracy"] = (hits / labels).tolist()
+    out["class_precision"] = (hits / predicted).tolist()
+    out["class_f1"] = f1.tolist()
     return out
 
 

@@ -5,6 +5,7 @@ A strategy sees clients and reduced entries; pieces, workers, memory rows and by
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,6 +28,7 @@ from fedsim.program import Program
 from fedsim.reduce import Reduced, Sized, lane, nbytes
 from fedsim.strategy import SERVER, ClientHalf
 from fedsim.vector import Layout
+from fedsim.visits import Record
 
 Charge = tuple[str, int, int | None]  # name, bytes, digest of the content of a `once` payload
 PIECE = 32  # clients in one task, at most
@@ -47,6 +49,7 @@ class Round:
         loss: Sum of training losses, phase ``train`` only.
         trained: Number of examples that they are the losses of.
         who: Clients that took part, the server left out.
+        visits: What each visit was.
     """
 
     bytes_down: int = 0
@@ -58,6 +61,7 @@ class Round:
     loss: float = 0.0
     trained: int = 0
     who: set[int] = field(default_factory=set)
+    visits: list[Record] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Flight:
         unicast: What went down to this client alone.
         marks: Digests of the `once` payloads that are new to the client, by memory row.
         train: Whether anything is computed.
+        down: Bytes that were sent to the client.
     """
 
     client: int
@@ -102,6 +107,7 @@ class Flight:
     unicast: dict[str, Any]
     marks: dict[str, Tensor]
     train: bool
+    down: int
 
 
 @dataclass(frozen=True)
@@ -113,12 +119,14 @@ class Piece:
         old: The clients' memory rows.
         down: Bytes sent to each client.
         marks: Memory rows that say which `once` payloads each client now has.
+        charged: Whether the bytes down are in the books already.
     """
 
     task: Task
     old: list[dict[str, Tensor]]
     down: list[int]
     marks: list[dict[str, Tensor]]
+    charged: bool = False
 
 
 @dataclass
@@ -297,7 +305,10 @@ class Federation:
         bytes_up = 4 * self.program.shared_size
         arrival = self.now + self.system.duration_ns(client, visit, planned, piece.down[0], bytes_up, self.seed)
         self._round.bytes_down += piece.down[0]
-        self._launch(Flight(client, visit, self.round_num, steps, sent, piece.task.unicast, piece.marks[0], train))
+        down = piece.down[0]
+        self._launch(
+            Flight(client, visit, self.round_num, steps, sent, piece.task.unicast, piece.marks[0], train, down)
+        )
         self._clock.schedule(arrival, "arrival", client)
         return arrival
 
@@ -333,7 +344,7 @@ class Federation:
             split: ``test`` or ``validation`` (the server's own).
 
         Returns:
-            ``loss``; for classification also ``accuracy``, ``macro_f1`` and ``class_accuracy`` (a list).
+            As `fedsim.evaluation.metrics`.
         """
         data = self.program.dataset.test if split == "test" else self.program.server
         if data is None or not len(data):
@@ -347,13 +358,17 @@ class Federation:
         ]
         return metrics(merge(self._run_all(tasks)))
 
-    def evaluate_clients(self, state: Any, clients: Sequence[int], mode: str = "global") -> list[Score]:
+    def evaluate_clients(
+        self, state: Any, clients: Sequence[int], mode: str = "global", epochs: int | None = None
+    ) -> list[Score]:
         """Scores a model on each client's held-out examples.
 
         Args:
             state: Server state.
             clients: Client ids.
-            mode: ``global``, or ``personal`` for the client's own model (`Strategy.personal`).
+            mode: ``global``; ``personal`` for the client's own model (`Strategy.personal`); ``finetuned`` for the
+                global model after plain local training, of which nothing is kept.
+            epochs: Local epochs of that training.
         """
         handle = self.engine.put(self.payload(state))
 
@@ -361,7 +376,8 @@ class Federation:
             for first in range(0, len(clients), PIECE):
                 part = tuple(clients[first : first + PIECE])
                 rows = tuple(self.memory.get(part))
-                yield EvalTask("heldout", mode, handle, (0, 0), part, rows, self.unicast(state, part), self.round_num)
+                own = self.unicast(state, part)
+                yield EvalTask("heldout", mode, handle, (0, 0), part, rows, own, self.round_num, epochs)
 
         return self._run_all(tasks())
 
@@ -394,7 +410,7 @@ class Federation:
             # By content, not by identity: after a resume equal payloads are other objects, and hashes must not change.
             if (place := places.setdefault(hashes[same], len(payloads))) == len(payloads):
                 payloads.append(f.sent)
-            flights.append((f.client, f.visit, f.round_num, f.steps, place, f.unicast, f.marks, f.train))
+            flights.append((f.client, f.visit, f.round_num, f.steps, place, f.unicast, f.marks, f.train, f.down))
         return {
             "clock": self._clock.state(),
             "flights": flights,
@@ -500,19 +516,21 @@ class Federation:
             sent = self.engine.put(flight.sent)
             task = Task((flight.client,), (f"task.{flight.visit}",), sent, flight.round_num, steps=flight.steps)
             piece = replace(self._piece(task, [], flight.unicast, self.program), marks=[flight.marks])
-            self._tickets[flight.client] = (replace(piece, down=[0]), self.engine.submit(piece.task))
+            piece = replace(piece, down=[flight.down], charged=True)
+            self._tickets[flight.client] = (piece, self.engine.submit(piece.task))
 
     def _adopt(self, piece: Piece, outcome: Outcome) -> int:
         """Books a finished piece: memory, bytes, losses. Returns how long its slowest client took, in nanoseconds."""
         task, done = piece.task, self._round
         new = zip(piece.old, piece.marks, outcome.memory, strict=True)
         self.memory.put(task.clients, [{**old, **marks, **rows} for old, marks, rows in new])
-        done.bytes_down += sum(piece.down)
+        done.bytes_down += 0 if piece.charged else sum(piece.down)
         done.bytes_up += sum(outcome.bytes_up)
         done.clients += sum(c != SERVER for c in task.clients)
         done.who.update(c for c in task.clients if c != SERVER)
         done.steps += sum(outcome.steps)
         done.examples += sum(outcome.examples)
+        done.visits += self._records(piece, outcome)
         if task.phase == "train":
             # Client by client: the sum must not depend on how the cohort was cut.
             for scored, loss in zip(outcome.scored, outcome.losses, strict=True):
@@ -525,6 +543,26 @@ class Federation:
             if client != SERVER
         )
         return max(times, default=0)
+
+    def _records(self, piece: Piece, outcome: Outcome) -> list[Record]:
+        task, out = piece.task, outcome
+        return [
+            Record(
+                task.round_num,
+                client,
+                task.phase,
+                str(task.visits[i]),
+                out.steps[i],
+                out.examples[i],
+                out.losses[i] / out.scored[i] if out.scored[i] else math.nan,
+                piece.down[i],
+                out.bytes_up[i],
+                out.entries[i],
+                out.kept[i],
+                self.round_num,
+            )
+            for i, client in enumerate(task.clients)
+        ]
 
     def _reduced(self, collector: Collector, cohort: tuple[int, ...], program: Program, adopt: bool) -> Reduced:
         """The reduced entries; ``adopt``: the mean of the clients' buffers becomes the federation's."""

@@ -107,7 +107,7 @@ def tensors_in(tree: Any) -> Iterator[Tensor]:
             yield from tensors_in(v)
 
 
-def lane(tree: Any, i: int) -> Any:
+def lane(tree: Any, i: int | slice) -> Any:
     """What client ``i`` of C gets of a payload: ``t[i]`` of every tensor ``[C, ...]``, item ``i`` of a list."""
     if isinstance(tree, Mapping):
         return {k: lane(v, i) for k, v in tree.items()}

@@ -11,7 +11,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,13 +20,14 @@ import numpy as np
 from torch import Tensor
 
 from fedsim import config as conf
-from fedsim import random, tree
+from fedsim import random, rounds, tree
 from fedsim.checkpoint import Checkpoints
 from fedsim.clients.local import Local
 from fedsim.clients.visit import Visit
+from fedsim.data import PartitionedClients
 from fedsim.engine.base import Engine, Score
 from fedsim.engine.worker import lead
-from fedsim.errors import ConfigError, FedsimError, RunError, one_line
+from fedsim.errors import ClientError, ConfigError, FedsimError, RunError, one_line
 from fedsim.evaluation import metrics, spread
 from fedsim.experiment import Experiment, versions
 from fedsim.federation import Federation
@@ -34,11 +35,12 @@ from fedsim.memory import Memory
 from fedsim.network import map_tensors
 from fedsim.plugins import instantiate
 from fedsim.program import overrides
-from fedsim.rundir import RunDir, read_metrics, read_summary, write_atomic
+from fedsim.rundir import RunDir, dumps, read_metrics, read_summary, write_atomic
 from fedsim.strategy import SERVER
 from fedsim.tracking import RunInfo, Status, Trackers
 from fedsim.tracking.jsonl import Jsonl
 from fedsim.vector import Layout
+from fedsim.visits import Visits
 
 log = logging.getLogger("fedsim")
 
@@ -97,12 +99,13 @@ class Progress:
     latest: dict[str, Any] = field(default_factory=dict)
 
 
-def execute(exp: Experiment, resume: Path | None = None) -> Result:
+def execute(exp: Experiment, resume: Path | None = None, sweep: str | None = None) -> Result:
     """Runs an experiment to its end, or goes on with one.
 
     Args:
         exp: The experiment.
         resume: Run directory to go on with; its newest checkpoint decides where.
+        sweep: Name of the sweep that this is a job of.
 
     Raises:
         FedsimError: With one clear line; what was computed so far stays in the run directory.
@@ -114,7 +117,7 @@ def execute(exp: Experiment, resume: Path | None = None) -> Result:
         else:
             run = RunDir.open(resume)
         with run.lock(), _logging_to(run.log):
-            return Driver(exp, run, engine).run()
+            return Driver(exp, run, engine).run(sweep)
 
 
 @contextmanager
@@ -166,24 +169,25 @@ class Driver:
         self.strategy = exp.program.strategy
         self.memory = Memory(run.checkpoints / "memory", exp.config["checkpoint"]["memory"] == "disk")
         self.fed = Federation(exp.program, engine, exp.participation, exp.system, self.memory)
-        self.checkpoints = Checkpoints(run.checkpoints, self.memory)
+        self.checkpoints = Checkpoints(run.checkpoints, self.memory, exp.config["checkpoint"]["keep"])
         first = (
             () if any(isinstance(t, Jsonl) for t in exp.trackers) else (Jsonl(),)
         )  # a run without its metrics is none
         self.trackers = Trackers((*first, *exp.trackers))
         self.rounds = exp.config["rounds"]
         self.progress = Progress()
+        self._visits: Visits | None = None
         self._begin = self._saved = time.monotonic()
         self._scores: dict[str, list[Score]] = {}  # of the latest evaluation of clients, by mode
         self._local_buffers = exp.program.options.buffers == "local" and exp.program.network.buffer_layout.d > 0
         own = any(overrides(half, "personal") for _, half in exp.program.hooks.owners())
         self.personal = own or exp.program.private is not None or self._local_buffers
 
-    def run(self) -> Result:
-        """All rounds, and what is written at the end."""
+    def run(self, sweep: str | None = None) -> Result:
+        """All rounds, and what is written at the end; ``sweep``: the name of the sweep that this is a job of."""
         self.progress = p = self._start()
         self._begin = time.monotonic() - p.wall_seconds
-        info = RunInfo(self.run_dir.path, self.rounds, self.exp.describe(), self.config, p.round_num)
+        info = RunInfo(self.run_dir.path, self.rounds, self.exp.describe(), self.config, p.round_num, sweep)
         summary: dict[str, Any] = {}
         status: Status = "failed"
         try:
@@ -206,18 +210,29 @@ class Driver:
         p = self.progress
         self.run_dir.summary.unlink(missing_ok=True)  # of fewer rounds; only now that nothing refuses to go on
         write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
-        if p.state is None:
-            self._prepare()
-        while p.round_num < self.rounds and not p.stopped:
-            record = self._round(p.round_num + 1)
-            self.trackers.log({**record, "wall_seconds": round(self._elapsed(), 3)})
-            self._save_if_due()
-        self._finalize()
+        self.run_dir.failure.unlink(missing_ok=True)
+        self._visits = Visits(self.run_dir.visits, None if p.state is None else p.round_num + p.finalized)
+        try:
+            if p.state is None:
+                self._prepare()
+            while p.round_num < self.rounds and not p.stopped:
+                record = self._round(p.round_num + 1)
+                self.trackers.log({**record, "wall_seconds": round(self._elapsed(), 3)})
+                self._save_if_due()
+            self._finalize()
+        except ClientError as exc:
+            self._note_failure(exc)
+            raise
+        finally:
+            self._visits.close()
         return self._finish()
 
-    def _seeded(self) -> AbstractContextManager[None]:
-        """For hooks of the server that draw from torch's own generator."""
-        return random.torch_seeded(self.config["seed"], "server hooks", self.fed.round_num)
+    def _note_failure(self, error: ClientError) -> None:
+        """Says how to look at the visit alone; what it raised is kept for `fedsim.replay` to compare."""
+        if error.visit is not None:
+            write_atomic(self.run_dir.failure, dumps({**error.visit, "error": str(error)}, indent=2) + "\n")
+            words = [f"{k}={v}" for k, v in error.visit.items() if (k, v) != ("phase", "train")]
+            error.add_note(f"alone: fedsim replay {shlex.quote(str(self.run_dir.path))} {' '.join(words)}")
 
     def _elapsed(self) -> float:
         """Seconds of work, earlier processes included."""
@@ -241,7 +256,7 @@ class Driver:
             raise ConfigError(f"rounds={self.rounds}, but {self.run_dir.path} has done {p.round_num} rounds already")
         more = self.rounds > p.round_num and not p.stopped
         if more and p.finalized:
-            if overrides_finalize(self.strategy):
+            if rounds.finalizes(self.strategy):
                 raise ConfigError(
                     f"{self.run_dir.path} is finished, and its strategy has finalised the model: it cannot take more "
                     "rounds"
@@ -258,15 +273,8 @@ class Driver:
         return self.progress.finalized and self.run_dir.summary.exists()
 
     def _prepare(self) -> None:
-        p, network = self.progress, self.exp.program.network
-        self.fed.begin_round(0)
-        with self._seeded():
-            state = self.strategy.init(self.exp.info, network.initial.clone())
-        if not isinstance(getattr(state, "w", None), Tensor):
-            raise RunError(f"{type(self.strategy).__name__}.init must return a state whose `w` is the global model")
-        with self._seeded():
-            p.state = self.strategy.prepare(self.fed, state)
-        self._count()
+        self.progress.state = rounds.first(self.fed, self.exp.info)
+        self._book()
         self._save()
 
     def _write_partition(self) -> None:
@@ -283,11 +291,9 @@ class Driver:
 
     def _round(self, number: int) -> dict[str, Any]:
         p, fed = self.progress, self.fed
-        fed.begin_round(number)
-        with self._seeded():
-            p.state = self.strategy.round(fed, p.state)
+        p.state = rounds.following(fed, p.state, number)
         p.round_num = number
-        self._count()
+        self._book()
         done = fed.done
         p.cohort = sorted(done.who)
         record: dict[str, Any] = {
@@ -305,20 +311,23 @@ class Driver:
         due = number % self.config["eval"]["every"] == 0
         if due or number == self.rounds or p.stopped:
             p.latest = self._evaluate(number)
-            record |= {k: v for k, v in p.latest.items() if k not in ("class_accuracy", "round")}
+            record |= {k: v for k, v in p.latest.items() if k != "round" and not k.startswith("class_")}
             self._note_best()
         if due:  # not for the sake of the last round: a run that takes more rounds later must not stop earlier
             self._stop_if_good()
         return record | fed.log
 
-    def _count(self) -> None:
+    def _book(self) -> None:
+        """Books what the round did."""
         for name in TOTALS:
             self.progress.totals[name] += getattr(self.fed.done, name)
+        assert self._visits is not None
+        self._visits.add(self.fed.done.visits)
 
     def _evaluate(self, number: int) -> dict[str, Any]:
         fed, state = self.fed, self.progress.state
         out: dict[str, Any] = {"round": number}
-        out |= {k if k == "class_accuracy" else f"test_{k}": v for k, v in fed.evaluate(state).items()}
+        out |= {k if k.startswith("class_") else f"test_{k}": v for k, v in fed.evaluate(state).items()}
         if self.exp.program.server is not None:
             seen = fed.evaluate(state, "validation")
             out |= {f"validation_{k}": seen[k] for k in ("loss", "accuracy") if k in seen}
@@ -331,8 +340,13 @@ class Driver:
         return out
 
     def _evaluate_clients(self) -> dict[str, list[Score]]:
-        modes = ("global", "personal") if self.personal else ("global",)
-        return {mode: self.fed.evaluate_clients(self.progress.state, self._eval_clients(), mode) for mode in modes}
+        state, clients, epochs = self.progress.state, self._eval_clients(), self.config["eval"]["finetune_epochs"]
+        out = {"global": self.fed.evaluate_clients(state, clients)}
+        if self.personal:
+            out["personal"] = self.fed.evaluate_clients(state, clients, "personal")
+        if epochs:
+            out["finetuned"] = self.fed.evaluate_clients(state, clients, "finetuned", epochs)
+        return out
 
     def _eval_clients(self) -> list[int]:
         """Whose held-out examples are scored."""
@@ -388,12 +402,10 @@ class Driver:
         p = self.progress
         if p.finalized:
             return
-        if overrides_finalize(self.strategy):
+        if rounds.finalizes(self.strategy):
             self._save()
-            self.fed.begin_round(p.round_num + 1)  # random streams of its own
-            with self._seeded():
-                p.state = self.strategy.finalize(self.fed, p.state)
-            self._count()
+            p.state = rounds.final(self.fed, p.state, p.round_num)
+            self._book()
             self.fed.begin_round(p.round_num)
             p.latest = self._evaluate(p.round_num)
         p.finalized = True
@@ -414,11 +426,12 @@ class Driver:
         p = self.progress
         self._write_model()
         self._write_clients()
+        self._write_classes()
         self._draw()
         summary = {
             "status": "finished",
-            "final": p.latest,
-            "best": p.best,
+            "final": _without_tables(p.latest),
+            "best": _without_tables(p.best),
             "rounds": p.round_num,
             "stopped": p.stopped or None,
             "totals": {
@@ -479,11 +492,22 @@ class Driver:
             for key in ("accuracy", "loss", "macro_f1"):
                 if any(key in m for m in found):
                     columns[key if mode == "global" else f"{mode}_{key}"] = [m.get(key) for m in found]
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
-        write_atomic(self.run_dir.clients, text.getvalue())
+        _write_table(self.run_dir.clients, columns)
+
+    def _write_classes(self) -> None:
+        """``classes.csv``: a line per class, from the latest evaluation of the global model."""
+        dataset, clients, latest = self.exp.program.dataset, self.exp.program.clients, self.progress.latest
+        if "class_count" not in latest:  # regression
+            return
+        columns: dict[str, list[Any]] = {"class": list(range(dataset.num_classes)), "name": list(dataset.class_names)}
+        if isinstance(clients, PartitionedClients):
+            labels = dataset.train.y.numpy()[clients.train_part.indices]
+            columns["num_train"] = np.bincount(labels, minlength=dataset.num_classes).tolist()
+        columns |= {
+            key.replace("class_count", "num_test").removeprefix("class_"): latest[key]
+            for key in ("class_count", "class_accuracy", "class_precision", "class_f1")
+        }
+        _write_table(self.run_dir.classes, columns)
 
     def _draw(self) -> None:
         from fedsim.report.curves import plot_curves
@@ -495,11 +519,17 @@ class Driver:
                 log.warning("%s: the curves could not be drawn", self.run_dir.path, exc_info=True)
 
 
-def overrides_finalize(strategy: Any) -> bool:
-    """Whether the strategy has its own `Strategy.finalize`."""
-    from fedsim.strategy import Strategy
+def _without_tables(latest: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation without what `Driver._write_classes` has in full."""
+    return {k: v for k, v in latest.items() if not k.startswith("class_") or k == "class_accuracy"}
 
-    return type(strategy).finalize is not Strategy.finalize
+
+def _write_table(path: Path, columns: dict[str, list[Any]]) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    writer.writerows(zip(*columns.values(), strict=True))
+    write_atomic(path, text.getvalue())
 
 
 def _commit() -> str | None:

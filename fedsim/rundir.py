@@ -103,6 +103,49 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         file.write(data.encode() if isinstance(data, str) else data)
 
 
+class GrowingFile:
+    """A file that grows by whole lines, and has lost nothing of them when the process is killed.
+
+    Args:
+        path: The file; its folder must exist.
+        content: What it shall hold at first; it is rewritten where it holds something else.
+
+    Raises:
+        RunError: It cannot be written.
+    """
+
+    def __init__(self, path: Path, content: str) -> None:
+        if not path.exists() or path.read_bytes() != content.encode():
+            write_atomic(path, content)
+        self._path = path
+        try:
+            # Unbuffered: one write() for all that is appended, and nothing to lose when the process is killed.
+            self._file = path.open("ab", buffering=0)
+        except OSError as exc:
+            raise RunError(_explain(exc, "open", path)) from exc
+
+    def append(self, lines: str) -> None:
+        """Appends lines, in one write.
+
+        Raises:
+            RunError: The disk is full; says how to go on.
+        """
+        data = lines.encode()
+        try:
+            written = self._file.write(data)
+            if written != len(data):  # a nearly full disk takes a part
+                raise OSError(0, f"only {written} of {len(data)} bytes were written; is the disk full?")
+        except OSError as exc:
+            raise RunError(
+                f"cannot write to {self._path}: {exc.strerror or exc}; free some space, then go on with "
+                f"fedsim resume={self._path.parent}"
+            ) from exc
+
+    def close(self) -> None:
+        """Closes the file; a second call does nothing."""
+        self._file.close()
+
+
 def dumps(value: Mapping[str, Any], indent: int | None = None) -> str:
     """JSON in the given order of keys; NaN and infinities become null, as JSON has no word for them.
 
@@ -274,6 +317,21 @@ class RunDir:
     def clients(self) -> Path:
         """``clients.csv``: evaluation of every client."""
         return self.path / "clients.csv"
+
+    @property
+    def classes(self) -> Path:
+        """``classes.csv``: evaluation of every class."""
+        return self.path / "classes.csv"
+
+    @property
+    def visits(self) -> Path:
+        """``visits.csv``: every client visit."""
+        return self.path / "visits.csv"
+
+    @property
+    def failure(self) -> Path:
+        """``failure.json``: the visit that ended the run."""
+        return self.path / "failure.json"
 
     @property
     def summary(self) -> Path:

@@ -112,6 +112,48 @@ def sha256(tree: Tree) -> str:
     return hashlib.sha256(json.dumps(node, allow_nan=False).encode()).hexdigest()
 
 
+FOLD = 512  # width to which `fingerprint` folds a long tensor
+
+
+def fingerprint(tree: Tree) -> str:
+    """A quick hash of a tree, to tell whether a computation gave the same bits: any one bit that differs shows.
+
+    Like `sha256`, but a long tensor is first folded: its numbers, as integers, are summed along the rows and the
+    columns of a table. That costs a tenth of SHA-256, which would be a twentieth of a small client's visit. It is no
+    protection against someone who wants two trees to have the same hash.
+
+    Args:
+        tree: As for `flatten`; tensors may be views, or require gradients.
+
+    Returns:
+        16 hexadecimal digits.
+
+    Raises:
+        TypeError: As `flatten`.
+    """
+
+    def leaf(tensor: Tensor, path: str) -> dict[str, Any]:
+        h = hashlib.sha256()
+        for part in _folded(tensor.detach().resolve_conj().resolve_neg().contiguous()):
+            h.update(part.cpu().numpy().data)
+        return {"tensor": h.hexdigest(), **_describe(tensor)}
+
+    node = _encode(tree, ROOT, leaf, ordered=False, strict=False)
+    return hashlib.sha256(json.dumps(node, allow_nan=False).encode()).hexdigest()[:16]
+
+
+def _folded(dense: Tensor) -> list[Tensor]:
+    """A contiguous tensor as integers, ``[n]``; a long one as sums over the rows and columns of a table, and a rest."""
+    flat = dense.as_strided((dense.numel(),), (1,))
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    flat = flat.view(width.get(flat.element_size(), torch.uint8))
+    if len(flat) < 4 * FOLD:
+        return [flat]
+    rows = len(flat) // FOLD
+    table = flat[: rows * FOLD].view(rows, FOLD)
+    return [table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64), flat[rows * FOLD :]]
+
+
 def _describe(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape)}
 
@@ -126,11 +168,14 @@ def _refuse(path: str, what: object, advice: str) -> TypeError:
     return TypeError(f"{path} is of type {kind.__module__}.{kind.__qualname__}, which cannot be saved; {advice}")
 
 
-def _encode(x: Tree, path: str, leaf: _Leaf, *, ordered: bool) -> Any:
-    """The JSON node of ``x``; ``ordered`` keeps the order of dicts, otherwise entries are sorted by key."""
+def _encode(x: Tree, path: str, leaf: _Leaf, *, ordered: bool, strict: bool = True) -> Any:
+    """The JSON node of ``x``; ``ordered`` keeps the order of dicts, otherwise entries are sorted by key.
+
+    ``strict`` refuses tensors that could not be saved.
+    """
     # Exact types throughout: a subclass (numpy.float64, IntEnum, a named tuple) would come back as something else.
     kind = type(x)
-    recurse = functools.partial(_encode, leaf=leaf, ordered=ordered)
+    recurse = functools.partial(_encode, leaf=leaf, ordered=ordered, strict=strict)
     if x is None or kind is bool or kind is str:
         return x
     if kind is int:
@@ -138,7 +183,8 @@ def _encode(x: Tree, path: str, leaf: _Leaf, *, ordered: bool) -> Any:
     if kind is float:
         return x if math.isfinite(x) else {"float": str(x)}
     if isinstance(x, Tensor):
-        _check_tensor(x, path)
+        if strict:
+            _check_tensor(x, path)
         return leaf(x, path)
     if kind is list:
         return [recurse(item, f"{path}[{i}]") for i, item in enumerate(x)]

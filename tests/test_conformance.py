@@ -23,7 +23,8 @@ from fedsim.config import CONF, Config
 from fedsim.federation import Federation
 from fedsim.program import Bound
 from fedsim.reduce import Entry, Reduced, Rows, Sized
-from fedsim.run import Driver, overrides_finalize
+from fedsim.rounds import finalizes
+from fedsim.run import Driver
 from fedsim.strategy import SERVER, Strategy
 from tests.helpers import Interrupted, Run, configure, drive, quadratics
 
@@ -174,7 +175,7 @@ def test_a_killed_run_resumes_to_the_same_bits(
 
 @every_engine
 def test_a_run_goes_on_after_its_last_round(name: str, engine: str, plain: Callable[..., Run], tmp_path: Path) -> None:
-    if overrides_finalize(plain().driver.strategy):
+    if finalizes(plain().driver.strategy):
         pytest.skip("a finalised model takes no more rounds")
     first = drive(config(name, {"rounds": 1}, engine), tmp_path)
     resumed = drive(config(name, engine=engine), tmp_path, resume=first.result.run_dir)

@@ -79,8 +79,8 @@ def test_a_full_disk_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
     tracker.start(RunInfo(tmp_path, rounds=9))
     assert tracker._file is not None
     tracker._file.close()
-    tracker._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115 - the tracker closes it
-    with pytest.raises(RunError, match=r"cannot write round 1 .*No space left.*fedsim resume="):
+    tracker._file._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115 - the tracker closes it
+    with pytest.raises(RunError, match=r"cannot write to .*metrics.jsonl: No space left.*fedsim resume="):
         tracker.log(record(1))
     tracker.finish({}, "failed")
 

@@ -65,6 +65,8 @@ class Outcome:
         scored: Those of them whose training loss was computed, per client.
         losses: Sum of these losses, per client.
         num_examples: Training examples of each client.
+        entries: Fingerprint of what each client sent (`fedsim.tree.fingerprint`).
+        kept: Fingerprint of each client's new memory rows.
     """
 
     kinds: dict[str, str] = field(default_factory=dict)
@@ -77,6 +79,8 @@ class Outcome:
     scored: list[int] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
     num_examples: list[int] = field(default_factory=list)
+    entries: list[str] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,14 @@ class EvalTask:
 
     Attributes:
         split: ``test``, ``validation``, or ``heldout`` (of ``clients``).
-        mode: ``global`` or ``personal``.
+        mode: ``global``, ``personal`` or ``finetuned``.
         sent: Handle of the broadcast payload.
         rows: Range of the split, for ``test`` and ``validation``.
         clients: Client ids, for ``heldout``.
         memory: Each client's memory rows.
         unicast: Payload for these clients only.
         round_num: Number of the round.
+        epochs: Local epochs before ``finetuned`` models are scored.
     """
 
     split: str
@@ -102,6 +107,7 @@ class EvalTask:
     memory: tuple[Rows, ...] = ()
     unicast: dict[str, Any] = field(default_factory=dict)
     round_num: int = 0
+    epochs: int | None = None
 
 
 @dataclass(frozen=True)

@@ -4,22 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedsim import random
+from fedsim import random, tree
 from fedsim.clients.batch import Batch
 from fedsim.clients.local import Local
 from fedsim.clients.visit import Visit
 from fedsim.engine.base import EvalTask, Outcome, Score, Task
 from fedsim.errors import ClientError, ConfigError, FedsimError
 from fedsim.network import Point, map_tensors
-from fedsim.program import Program
+from fedsim.program import Program, overrides
 from fedsim.reduce import Entry, TreeSum, lane, leaf, tensors_in
-from fedsim.strategy import SERVER
+from fedsim.strategy import SERVER, ClientHalf, Model
 
 EVAL_BATCH = 500
 
@@ -73,11 +74,11 @@ class Worker:
                     elif program.options.buffers == "local":
                         new["buffers.local"] = own
                 self._reduce(out, trees, entries, local, task.first_leaf + i, task.num_leaves)
-            except FedsimError as exc:
-                raise ClientError(f"{_where(task, i, program.seed)}: {exc}") from exc
+                out.entries.append(tree.fingerprint({n: (e.kind, e.value, e.weight) for n, e in entries.items()}))
+                out.kept.append(tree.fingerprint(new))
             except Exception as exc:
-                what = f"{type(exc).__name__}: {exc}{_remedy(exc)}"
-                raise ClientError(f"{_where(task, i, program.seed)}: {what}") from exc
+                error = ClientError(f"{_where(task, i, program.seed)}: {_what(exc)}")
+                raise error.of(task.round_num, client, task.phase) from exc
             out.memory.append(new)
             out.bytes_up.append(0 if client == SERVER else sum(_charge(program, e) for e in entries.values()))
             out.scored.append(local.stats.scored)
@@ -85,7 +86,7 @@ class Worker:
             out.examples.append(local.stats.examples)
             out.losses.append(local.stats.loss)
             out.num_examples.append(local.n)
-        out.nodes = {name: tree.nodes for name, tree in trees.items()}
+        out.nodes = {name: sums.nodes for name, sums in trees.items()}
         return out
 
     def _reduce(
@@ -147,11 +148,22 @@ class Worker:
             self._seed("evaluate", task.round_num, task.mode, client)
             visit = Visit(client, task.round_num, "evaluate", task.round_num, task.mode, memory=task.memory[i])
             local = Local(program, visit, sent | _lane(task.unicast, i, program.device))
-            self._bind_buffers(program, buffers, task.memory[i] if task.mode == "personal" else {})
-            w = local._hooks.single("personal") if task.mode == "personal" else sent["w"]
+            self._bind_buffers(program, buffers, {} if task.mode == "global" else task.memory[i])
+            if task.mode == "global":
+                w = sent["w"]
+            elif task.mode == "personal":
+                w = local._hooks.single("personal")
+            else:
+                w = self._finetune(local, task, client)
             shard = program.shard(client, "heldout")
             scores.append(self._score_rows(local, w, shard.x, shard.y, shard.rows))
         return scores
+
+    def _finetune(self, local: Local, task: EvalTask, client: int) -> Tensor:
+        try:
+            return local.train(local.start, half=_plain(self.program), epochs=task.epochs, stream="finetune")
+        except Exception as exc:
+            raise ClientError(f"round {task.round_num}, client {client}: fine-tuning failed: {_what(exc)}") from exc
 
     def _score_rows(self, local: Local, w: Tensor, x: Tensor, y: Tensor, rows: Tensor) -> Score:
         program, classes = self.program, self.program.dataset.num_classes
@@ -178,6 +190,25 @@ class Worker:
         return Score(len(rows), loss, confusion)
 
 
+@dataclass(frozen=True)
+class _Objective(ClientHalf):
+    """Plain local training on the objective of another half.
+
+    Attributes:
+        of: That half.
+    """
+
+    of: ClientHalf
+
+    def loss(self, model: Model, batch: Batch, local: Local) -> Tensor:
+        return self.of.loss(model, batch, local)
+
+
+def _plain(program: Program) -> ClientHalf:
+    """The half of fine-tuning: of the method only its loss, without which some networks have none."""
+    return _Objective(program.strategy) if overrides(program.strategy, "loss") else ClientHalf()
+
+
 def lead(sent: Mapping[str, Any], device: torch.device | None = None) -> dict[str, Any]:
     """A broadcast payload as hooks see it: on the device, with a client axis of 1."""
     return {k: map_tensors(lambda t: t.to(device).unsqueeze(0), v) for k, v in sent.items() if k != "buffers"}
@@ -194,11 +225,13 @@ def _where(task: Task, i: int, seed: int) -> str:
     return f"round {task.round_num}{phase}, {who} (seed {seed}): local training failed"
 
 
-def _remedy(exc: Exception) -> str:
-    """What to do about an error of torch that does not say it."""
-    if "more than 1 value per channel" in str(exc):
-        return "; batch norm cannot train on a batch of one: set client.drop_last=true, or use a model with group norm"
-    return ""
+def _what(exc: Exception) -> str:
+    """What happened, and what to do about an error of torch that does not say it."""
+    if isinstance(exc, FedsimError):
+        return str(exc)
+    remedy = "; batch norm cannot train on a batch of one: set client.drop_last=true, or use a model with group norm"
+    known = "more than 1 value per channel" in str(exc)
+    return f"{type(exc).__name__}: {exc}{remedy if known else ''}"
 
 
 def _check_vector(w: object, local: Local) -> None:
@@ -218,8 +251,8 @@ def _keep(t: Tensor) -> Tensor:
 
 
 def _lane(unicast: Mapping[str, Any], i: int, device: torch.device) -> dict[str, Any]:
-    """What client ``i`` got of its own, on the device, with a client axis of 1."""
-    return {k: map_tensors(lambda t: t.to(device).unsqueeze(0), lane(v, i)) for k, v in unicast.items()}
+    """What client ``i`` got of its own, on the device, with a client axis of 1; copied, as bits follow alignment."""
+    return {k: map_tensors(lambda t: t.to(device, copy=True).unsqueeze(0), lane(v, i)) for k, v in unicast.items()}
 
 
 @contextmanager

@@ -1,30 +1,32 @@
 """Several runs in one table, seeds together: ``fedsim compare <run>...``.
 
-Runs whose configs are equal but for `NEUTRAL` keys are one row. A row is named after what tells it from the others.
+Runs whose configs are equal but for `fedsim.report.runs.NEUTRAL` keys are one row. A row is named after what tells it
+from the others.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-import os
+import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO, cast
 
 from fedsim.errors import ConfigError, did_you_mean
+from fedsim.report.runs import Group, Run, group, read_runs
 from fedsim.report.text import align, human_bytes, human_seconds
-from fedsim.rundir import read_summary
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
 
-NEUTRAL = ("seed", "name", "engine", "tracker", "run_dir", "resume", "paths", "data.root", "hydra")
-"""Config keys, each with all below it, that do not make another experiment."""
-
-Leaves = dict[str, str]  # dotted key -> value as it is written in YAML
+Style = Literal["text", "markdown", "csv"]
+STYLES = ("text", "markdown", "csv")
+WIDTH = 120  # of plain text, in characters
 
 
 @dataclass(frozen=True)
@@ -34,17 +36,20 @@ class Stat:
     Attributes:
         mean: Mean; NaN where a run's number is.
         std: Sample standard deviation (n - 1); None for a single run.
+        count: Runs that have the number.
     """
 
     mean: float
     std: float | None
+    count: int
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Stat:
         """Mean and sample standard deviation of at least one value."""
+        n = len(values)
         if not all(map(math.isfinite, values)):
-            return cls(math.nan, math.nan if len(values) > 1 else None)
-        return cls(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None)
+            return cls(math.nan, math.nan if n > 1 else None, n)
+        return cls(statistics.fmean(values), statistics.stdev(values) if n > 1 else None, n)
 
 
 @dataclass(frozen=True)
@@ -52,34 +57,61 @@ class Row:
     """Runs that differ in their seed only.
 
     Attributes:
-        label: What tells this row from the others, ``"strategy=FedProx strategy.mu=0.1"``.
-        runs: Their directories, by seed.
-        seeds: Their seeds.
-        stats: Column to number; a column that a run does not have is absent.
+        group: The runs, and what tells them from the others.
+        stats: Dotted key of the summary (``final.test_accuracy``) to number; what not every run has is absent.
+            ``rounds_to`` and ``bytes_to`` are over the runs that reach the target.
     """
 
-    label: str
-    runs: tuple[Path, ...]
-    seeds: tuple[int, ...]
+    group: Group
     stats: Mapping[str, Stat]
+
+    @property
+    def label(self) -> str:
+        """What tells this row from the others, ``"strategy=FedProx strategy.mu=0.1"``."""
+        return self.group.label
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of its runs, increasing."""
+        return tuple(run.seed for run in self.group.runs)
+
+
+class Cell(NamedTuple):
+    """Text of a cell, and whether it is the best of its column."""
+
+    text: str
+    best: bool = False
 
 
 @dataclass(frozen=True)
 class _Column:
-    name: str
-    section: str  # of summary.json; "" is the top
     key: str
+    name: str
     show: Callable[[float], str]
+    better: int = 0  # 1: higher, -1: lower, 0: neither
+    rank: int = 0  # 0: always shown; others where there is room, lower ones first
+
+
+def _accuracy(value: float) -> str:
+    return f"{100 * value:.2f}"
+
+
+def _count(value: float) -> str:
+    return f"{value:.4g}"
 
 
 _COLUMNS = (
-    _Column("final acc %", "final", "test_accuracy", lambda v: f"{100 * v:.2f}"),
-    _Column("best acc %", "best", "test_accuracy", lambda v: f"{100 * v:.2f}"),
-    _Column("final loss", "final", "test_loss", lambda v: f"{v:.4g}"),
-    _Column("rounds", "", "rounds", lambda v: f"{v:.4g}"),
-    _Column("down", "totals", "bytes_down", human_bytes),
-    _Column("up", "totals", "bytes_up", human_bytes),
-    _Column("wall", "totals", "wall_seconds", human_seconds),
+    _Column("final.test_accuracy", "final acc %", _accuracy, 1),
+    _Column("best.test_accuracy", "best acc %", _accuracy, 1),
+    _Column("final.personal_accuracy_mean", "personal acc %", _accuracy, 1, rank=1),
+    _Column("final.finetuned_accuracy_mean", "fine-tuned acc %", _accuracy, 1, rank=2),
+    _Column("final.client_accuracy_mean", "client acc %", _accuracy, 1, rank=3),
+    _Column("final.client_accuracy_worst10", "worst 10 % acc %", _accuracy, 1, rank=4),
+    _Column("final.test_loss", "final loss", lambda v: f"{v:.4g}", -1),
+    _Column("rounds", "rounds", _count),
+    _Column("totals.bytes_down", "down", human_bytes),
+    _Column("totals.bytes_up", "up", human_bytes),
+    _Column("totals.wall_seconds", "wall", human_seconds),
 )
 
 
@@ -89,211 +121,245 @@ class Table:
 
     Attributes:
         rows: In the order in which their first runs were named.
+        target: The accuracy, a fraction, that ``rounds_to`` and ``bytes_to`` are about; None: there are none.
     """
 
     rows: tuple[Row, ...]
+    target: float | None = None
 
-    def cells(self) -> list[list[str]]:
-        """Header and rows as text: label, seeds, then mean ± sample standard deviation of every column."""
-        columns = [c for c in _COLUMNS if any(c.name in row.stats for row in self.rows)]
-        body = [[r.label, str(len(r.runs)), *(_cell(r.stats.get(c.name), c.show) for c in columns)] for r in self.rows]
-        return [["run", "seeds", *(c.name for c in columns)], *body]
+    def cells(self, width: float = WIDTH) -> list[list[Cell]]:
+        """Header and rows: label, seeds, then mean ± sample standard deviation of every column.
+
+        Args:
+            width: Columns about clients are left out where the plain text would be wider, in characters.
+        """
+        shown = [c for c in self._columns() if c.rank == 0]
+        cells = self._grid(shown)
+        for column in sorted(self._columns(), key=lambda c: c.rank):
+            if column.rank:
+                wider = [c for c in self._columns() if c in shown or c is column]
+                if _width(grid := self._grid(wider)) <= width:
+                    shown, cells = wider, grid
+        return cells
+
+    def left_out(self, width: float = WIDTH) -> list[str]:
+        """Names of the columns for which `cells` has no room."""
+        names = {cell.text for cell in self.cells(width)[0]}
+        return [c.name for c in self._columns() if c.name not in names]
+
+    def _columns(self) -> list[_Column]:
+        columns = [c for c in _COLUMNS if any(c.key in row.stats for row in self.rows)]
+        if self.target is not None:
+            at = next(i for i, c in enumerate([*columns, _COLUMNS[-1]]) if not c.key.startswith(("final", "best")))
+            goal = f"{100 * self.target:g} %"
+            columns[at:at] = [
+                _Column("rounds_to", f"rounds to {goal}", _count, -1),
+                _Column("bytes_to", f"bytes to {goal}", human_bytes, -1),
+            ]
+        return columns
+
+    def _grid(self, columns: Sequence[_Column]) -> list[list[Cell]]:
+        best = {c.key: self._best(c) for c in columns}
+        body = [
+            [
+                Cell(row.label),
+                Cell(str(len(row.seeds))),
+                *(Cell(_text(row, c), i in best[c.key]) for c in columns),
+            ]
+            for i, row in enumerate(self.rows)
+        ]
+        return [[Cell("run"), Cell("seeds"), *(Cell(c.name) for c in columns)], *body]
+
+    def _best(self, column: _Column) -> set[int]:
+        """Rows that are best in a column: each among those with its own partition, and ties all.
+
+        What not all seeds have reached is no candidate: the mean over the luckier ones says too much.
+        """
+        winners: set[int] = set()
+        if not column.better:
+            return winners
+        peers: dict[object, list[int]] = {}
+        for i, row in enumerate(self.rows):
+            if row.group.finished and (column.key in row.stats or column.key in ("rounds_to", "bytes_to")):
+                peers.setdefault(row.group.partition, []).append(i)
+        for rows in peers.values():
+            means = {i: s.mean for i in rows if (s := self.rows[i].stats.get(column.key)) and _whole(self.rows[i], s)}
+            if len(rows) > 1 and means:
+                top = column.show(max(means.values(), key=lambda v: column.better * v))
+                winners |= {i for i, mean in means.items() if column.show(mean) == top}  # what reads equal is a tie
+        return winners
 
     def text(self) -> str:
         """Plain text."""
-        return align(self.cells())
+        return align([[cell.text for cell in row] for row in self.cells()])
 
-    def rich(self) -> RichTable:
-        """The same cells, for a terminal."""
+    def markdown(self) -> str:
+        """A table in GitHub's Markdown, the best of each column in bold."""
+        header, *body = self.cells()
+        lines = [[_escape(c.text) for c in header], [":--", *["--:"] * (len(header) - 1)]]
+        lines += [[f"**{_escape(c.text)}**" if c.best else _escape(c.text) for c in row] for row in body]
+        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+    def csv(self) -> str:
+        """Every number of the summaries, unrounded, a line per row: ``<key>_mean`` and ``<key>_std`` (of a sample).
+
+        Fractions, bytes and seconds. Empty: a row does not have it; no deviation of a single run.
+        """
+        keys = dict.fromkeys(key for row in self.rows for key in row.stats)
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        names = {key: key.replace(".", "_") for key in keys if key not in ("rounds_to", "bytes_to")}
+        head = [f"{name}_{part}" for name in names.values() for part in ("mean", "std")]
+        goals = [] if self.target is None else ["rounds_to", "bytes_to"]
+        head += [f"{goal}_{self.target:g}_{part}" for goal in goals for part in ("mean", "std", "seeds")]
+        writer.writerow(["run", "seeds", *head])
+        for row in self.rows:
+            line = [part for key in names for part in _plain(row.stats.get(key))]
+            for goal in goals:
+                stat = row.stats.get(goal)
+                line += [*_plain(stat), str(stat.count if stat else 0)]
+            writer.writerow([row.label, " ".join(map(str, row.seeds)), *line])
+        return out.getvalue().rstrip("\n")
+
+    def rich(self, width: float = WIDTH) -> RichTable:
+        """The same cells as `text`, for a terminal, the best of each column in bold."""
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        header, *body = self.cells()
+        header, *body = self.cells(width)
         table = RichTable()
-        for i, name in enumerate(header):
-            table.add_column(name, justify="right" if i else "left", overflow="fold")
-        for cells in body:
-            table.add_row(*map(Text, cells))  # Text: a label may hold square brackets, which rich reads as markup
+        for i, cell in enumerate(header):
+            table.add_column(cell.text, justify="right" if i else "left", overflow="fold")
+        for row in body:
+            # Text: a label may hold square brackets, which rich reads as markup
+            table.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
         return table
 
-    def show(self, stream: TextIO | None = None) -> None:
-        """Prints it: with lines on a terminal, as plain text elsewhere.
+    def show(self, style: Style = "text", stream: TextIO | None = None) -> None:
+        """Prints it.
 
         Args:
+            style: ``text``: with lines and colours on a terminal, plain elsewhere.
             stream: Where to; default: standard output.
         """
-        stream = stream or sys.stdout
+        stream, width = stream or sys.stdout, float(WIDTH)
+        if style != "text":
+            print(self.markdown() if style == "markdown" else self.csv(), file=stream)
+            return
         if stream.isatty():
             from rich.console import Console
 
-            Console(file=stream).print(self.rich())
+            console = Console(file=stream)
+            width = console.width - len(self._columns()) - 5  # rich's lines, beyond the two spaces of plain text
+            console.print(self.rich(width))
         else:
             print(self.text(), file=stream)
+        if missing := self.left_out(width):
+            print(f"no room for {', '.join(missing)}; format=csv has every number", file=stream)
 
 
-def compare(paths: Sequence[Path]) -> Table:
+def compare(paths: Sequence[Path], target: float | None = None) -> Table:
     """Reads finished runs and puts those that differ in their seed only together.
 
     Args:
         paths: Run directories, or folders of them (``runs/sweep``).
+        target: Test accuracy, a fraction in (0, 1]: adds rounds and bytes until it was first reached.
 
     Raises:
         ConfigError: Nothing to compare; not a run directory; a run that is not finished, is damaged, or is named
-            twice; two runs of one experiment with one seed, which would be counted twice.
+            twice; two runs of one experiment with one seed, which would be counted twice; runs of different data;
+            a target of runs without an accuracy.
     """
     if not paths:
         raise ConfigError("compare needs at least one run directory, like `fedsim compare runs/sweep`")
-    groups: dict[str, list[tuple[Path, Leaves, dict[str, Any]]]] = {}
-    seen: dict[Path, Path] = {}
-    for path in (run for given in paths for run in _expand(Path(given))):
-        real = path.resolve()
-        if real in seen:
-            raise ConfigError(f"{path} is named twice (also as {seen[real]}); name every run once")
-        seen[real] = path
-        leaves = _read_config(path)
-        groups.setdefault(repr(sorted(_essential(leaves).items())), []).append((path, leaves, _finished(path)))
-    labels = _labels([_essential(runs[0][1]) for runs in groups.values()])
-    return Table(tuple(_row(label, runs) for label, runs in zip(labels, groups.values(), strict=True)))
+    runs = read_runs(paths)
+    for run in runs:
+        if run.summary is None:
+            raise ConfigError(f"{run.path} is not finished; go on with `fedsim resume={run.path}`, or leave it out")
+    return tabulate(group(runs), target)
 
 
-def _row(label: str, runs: Sequence[tuple[Path, Leaves, dict[str, Any]]]) -> Row:
-    by_seed: dict[int, tuple[Path, dict[str, Any]]] = {}
-    for path, leaves, summary in runs:
-        try:
-            seed = int(leaves["seed"])
-        except (KeyError, ValueError) as exc:
-            raise ConfigError(f"{path}/config.yaml needs a whole number `seed`, got {leaves.get('seed')}") from exc
-        if seed in by_seed:
-            raise ConfigError(
-                f"{by_seed[seed][0]} and {path} are the same experiment with the same seed {seed}, "
-                "and would be counted twice; name one of them"
-            )
-        by_seed[seed] = path, summary
-    seeds = tuple(sorted(by_seed))
-    stats = {}
-    for column in _COLUMNS:
-        values = [_lookup(*by_seed[seed], column) for seed in seeds]
-        known = [value for value in values if value is not None]
-        if len(known) == len(values):
-            stats[column.name] = Stat.of(known)
-    return Row(label, tuple(by_seed[seed][0] for seed in seeds), seeds, stats)
+def tabulate(groups: Sequence[Group], target: float | None = None) -> Table:
+    """The table of runs that were read, as `compare` does it; unfinished ones count as far as they came."""
+    if target is not None:
+        for run in (run for g in groups for run in g.runs):
+            if not any("test_accuracy" in r for r in run.records):
+                raise ConfigError(f"target={target:g}: {run.path} has no test accuracy in its metrics; leave target out")
+    return Table(tuple(_row(g, target) for g in groups), target)
 
 
-def _lookup(path: Path, summary: Mapping[str, Any], column: _Column) -> float | None:
-    """The number; NaN where null is written, None where nothing is."""
-    section = summary.get(column.section, {}) if column.section else summary
-    if not isinstance(section, Mapping) or column.key not in section:
-        return None
-    value = section[column.key]
-    if value is None:
-        return math.nan
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        where = f"{column.section}.{column.key}" if column.section else column.key
-        raise ConfigError(f"{path}/summary.json is damaged: `{where}` must be a number, got {value!r}")
-    return float(value)
+def target(text: str) -> float:
+    """An accuracy that a user wrote.
+
+    Raises:
+        ConfigError: It is no fraction in (0, 1].
+    """
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        hint = f"; {value:g} % is target={value / 100:g}" if 1 < value <= 100 else ", such as target=0.9"
+        raise ConfigError(f"target must be an accuracy as a fraction in (0, 1], got '{text}'{hint}")
+    return value
 
 
-def _cell(stat: Stat | None, show: Callable[[float], str]) -> str:
+def shown_as(text: str) -> Style:
+    """A format that a user wrote.
+
+    Raises:
+        ConfigError: There is no such format.
+    """
+    if text not in STYLES:
+        raise ConfigError(f"format must be one of {', '.join(STYLES)}, got '{text}'{did_you_mean(text, STYLES)}")
+    return cast(Style, text)
+
+
+def _row(members: Group, target: float | None) -> Row:
+    known = [column.key for column in _COLUMNS]
+    numbers = [run.numbers(known) for run in members.runs]
+    stats = {k: Stat.of([n[k] for n in numbers]) for k in numbers[0] if all(k in n for n in numbers)}
+    if target is not None:
+        reached = [found for run in members.runs if (found := _reached(run, target))]
+        for i, key in enumerate(("rounds_to", "bytes_to") if reached else ()):
+            stats[key] = Stat.of([found[i] for found in reached])
+    return Row(members, stats)
+
+
+def _reached(run: Run, target: float) -> tuple[int, int] | None:
+    """Round of the first evaluation at the target, and bytes sent until then, down and up; None: never."""
+    sent = 0
+    for record in run.records:
+        sent += (record.get("bytes_down") or 0) + (record.get("bytes_up") or 0)
+        accuracy = record.get("test_accuracy")
+        if accuracy is not None and accuracy >= target:
+            return record["round"], sent
+    return None
+
+
+def _whole(row: Row, stat: Stat) -> bool:
+    """Whether every run of the row has the number."""
+    return stat.count == len(row.seeds) and not math.isnan(stat.mean)
+
+
+def _text(row: Row, column: _Column) -> str:
+    stat = row.stats.get(column.key)
     if stat is None:
         return "-"
     if math.isnan(stat.mean):
         return "nan"
     # No spread where there is none to see: equal bytes in every run are the rule.
-    return show(stat.mean) if not stat.std else f"{show(stat.mean)} ± {show(stat.std)}"
+    text = column.show(stat.mean) if not stat.std else f"{column.show(stat.mean)} ± {column.show(stat.std)}"
+    return text if stat.count == len(row.seeds) else f"{text} ({stat.count} of {len(row.seeds)})"
 
 
-def _expand(path: Path) -> list[Path]:
-    if not path.exists():
-        near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
-        raise ConfigError(f"{path} does not exist{near}")
-    if (path / "config.yaml").is_file():
-        return [path]
-    found: list[Path] = []
-    for folder, names, files in os.walk(path):
-        names[:] = [] if "config.yaml" in files else sorted(n for n in names if not n.startswith("."))
-        if "config.yaml" in files:
-            found.append(Path(folder))
-    if not found:
-        raise ConfigError(f"{path} is not a run directory, and holds none: there is no config.yaml")
-    return found
+def _width(grid: Sequence[Sequence[Cell]]) -> int:
+    return sum(max(len(cell.text) for cell in column) + 2 for column in zip(*grid, strict=True)) - 2
 
 
-def _finished(path: Path) -> dict[str, Any]:
-    if (path / "summary.json").exists():
-        summary = read_summary(path)
-        if summary.get("status", "finished") == "finished":
-            return summary
-    raise ConfigError(f"{path} is not finished; go on with `fedsim resume={path}`, or leave it out")
+def _plain(stat: Stat | None) -> list[str]:
+    return ["", ""] if stat is None else [repr(stat.mean), "" if stat.std is None else repr(stat.std)]
 
 
-def _read_config(path: Path) -> Leaves:
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    file = path / "config.yaml"
-    try:
-        config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-        if not isinstance(config, dict) or not config:
-            raise ValueError("needed keys and values, got none")
-    except (YAMLError, OmegaConfBaseException, ValueError) as exc:
-        raise ConfigError(f"{file} is damaged ({' '.join(str(exc).split())}); restore it, or run again") from exc
-    except OSError as exc:
-        raise ConfigError(f"cannot read {file}: {exc.strerror or exc}") from exc
-    leaves: Leaves = {}
-    _flatten(config, "", leaves)
-    return leaves
-
-
-def _flatten(node: Any, prefix: str, leaves: Leaves) -> None:
-    if isinstance(node, dict) and node:
-        for key, value in node.items():
-            _flatten(value, f"{prefix}.{key}" if prefix else str(key), leaves)
-    else:
-        leaves[prefix] = _scalar(node)
-
-
-def _scalar(value: Any) -> str:
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return str(int(value))  # mu=1 and mu=1.0 are one experiment
-    if isinstance(value, list):
-        return "[" + ",".join(map(_scalar, value)) + "]"
-    return str(value)
-
-
-def _essential(leaves: Leaves) -> Leaves:
-    return {k: v for k, v in leaves.items() if not any(k == n or k.startswith(f"{n}.") for n in NEUTRAL)}
-
-
-def _labels(configs: Sequence[Leaves]) -> list[str]:
-    """What tells each config from the others, as overrides.
-
-    A parameter is compared only among configs that build the same thing there: ``strategy.mu`` does not tell
-    FedProx from FedAvg, ``strategy=FedProx`` does.
-    """
-    if len(configs) == 1:
-        return [_short("strategy._target_", configs[0].get("strategy._target_", "all"))]
-    labels = []
-    keys = sorted({key for config in configs for key in config}, key=lambda k: (not k.endswith("_target_"), k))
-    for config in configs:
-        parts = []
-        for key in keys:
-            peers = [c for c in configs if _targets(c, key) == _targets(config, key)]
-            if key in config and len({peer.get(key) for peer in peers}) > 1:
-                parts.append(_short(key, config[key]))
-        labels.append(" ".join(parts) or "(otherwise equal)")
-    return labels
-
-
-def _targets(config: Leaves, key: str) -> tuple[str | None, ...]:
-    """What is built at the nodes above ``key``; for a ``_target_``, above the node that it builds."""
-    parts = key.removesuffix("._target_").split(".")
-    return tuple(config.get(".".join([*parts[:i], "_target_"])) for i in range(1, len(parts)))
-
-
-def _short(key: str, value: str) -> str:
-    if key.endswith("._target_"):
-        key, value = key.removesuffix("._target_"), value.rpartition(".")[2]
-    return f"{key}={value}"
+def _escape(text: str) -> str:
+    return re.sub(r"([\\`*_|<>\[\]$~])", r"\\\1", text)

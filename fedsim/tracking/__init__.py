@@ -25,6 +25,7 @@ class RunInfo:
         describe: What runs, for people, in the order to show: ``{"strategy": "FedAvg", "data": ...}``.
         config: The resolved config, as plain dicts and lists.
         keep_rounds: Rounds that an earlier process did and that stay (0: a new run).
+        sweep: Name of the sweep that this process runs it in, or None; the jobs of a sweep share it.
     """
 
     run_dir: Path
@@ -32,6 +33,7 @@ class RunInfo:
     describe: Mapping[str, str] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     keep_rounds: int = 0
+    sweep: str | None = None
 
 
 class Tracker(Protocol):

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
-from fedsim.errors import RunError
-from fedsim.rundir import dumps, read_metrics, write_atomic
+from fedsim.rundir import GrowingFile, dumps, read_metrics
 from fedsim.tracking import RunInfo, Status
 
 log = logging.getLogger(__name__)
@@ -21,8 +20,7 @@ class Jsonl:
     """
 
     def __init__(self) -> None:
-        self._file: IO[bytes] | None = None
-        self._path = ""
+        self._file: GrowingFile | None = None
 
     def start(self, run: RunInfo) -> None:
         """Opens the file, cut to ``run.keep_rounds`` rounds."""
@@ -34,29 +32,12 @@ class Jsonl:
                 "%s ends with round %d, but the checkpoint holds %d rounds: the lines between are lost",
                 path, last, run.keep_rounds,
             )  # fmt: skip
-        content = "".join(dumps(r) + "\n" for r in kept).encode()
-        if not path.exists() or path.read_bytes() != content:
-            write_atomic(path, content)
-        self._path = str(path)
-        try:
-            # Unbuffered: one write() a line, and nothing to lose when the process is killed.
-            self._file = path.open("ab", buffering=0)
-        except OSError as exc:
-            raise RunError(f"cannot open {path}: {exc.strerror or exc}") from exc
+        self._file = GrowingFile(path, "".join(dumps(r) + "\n" for r in kept))
 
     def log(self, record: Mapping[str, Any]) -> None:
         """Appends a line."""
         assert self._file is not None, "log() before start()"
-        line = (dumps(record) + "\n").encode()
-        try:
-            written = self._file.write(line)
-            if written != len(line):  # a nearly full disk takes a part
-                raise OSError(0, f"only {written} of {len(line)} bytes were written; is the disk full?")
-        except OSError as exc:
-            raise RunError(
-                f"cannot write round {record.get('round')} to {self._path}: {exc.strerror or exc}; free some space, "
-                f"then go on with fedsim resume={self._path.removesuffix('/metrics.jsonl')}"
-            ) from exc
+        self._file.append(dumps(record) + "\n")
 
     def finish(self, summary: Mapping[str, Any], status: Status) -> None:
         """Closes the file."""

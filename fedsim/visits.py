@@ -1,0 +1,103 @@
+"""``visits.csv``: who did what when, a row per client visit, with the fingerprints that `fedsim.replay` compares."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Iterator
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+from fedsim.errors import ConfigError
+from fedsim.rundir import GrowingFile
+
+
+@dataclass(frozen=True)
+class Record:
+    """A visit that was made.
+
+    Attributes:
+        round: The round in which it was handed out; 0 in `Strategy.prepare`, one past the last in `Strategy.finalize`.
+        client: Client id; -1 is the server.
+        phase: ``train`` or the name of a phase.
+        visit: What tells the client's visits apart: the round, or its task number.
+        steps: Local steps.
+        examples: Examples processed, repeats counted.
+        loss: Mean training loss; NaN where none was computed.
+        bytes_down: Bytes sent to the client.
+        bytes_up: Bytes that it sent.
+        entries: Fingerprint of what it sent (`fedsim.tree.fingerprint`).
+        memory: Fingerprint of what it keeps.
+        booked: The round in which it counted: that of an event-driven client's arrival.
+    """
+
+    round: int
+    client: int
+    phase: str
+    visit: str
+    steps: int
+    examples: int
+    loss: float
+    bytes_down: int
+    bytes_up: int
+    entries: str
+    memory: str
+    booked: int
+
+
+HEADER = ",".join(f.name for f in fields(Record)) + "\n"
+
+
+class Visits:
+    """The file, open for writing.
+
+    Args:
+        path: The file.
+        keep: Visits booked in rounds after this one are dropped: they will be made again. None: all are.
+    """
+
+    def __init__(self, path: Path, keep: int | None) -> None:
+        kept = [] if keep is None or not path.exists() else [r for r in read(path) if r.booked <= keep]
+        self._file = GrowingFile(path, HEADER + _lines(kept))
+
+    def add(self, records: Iterable[Record]) -> None:
+        """Appends rows, all in one write.
+
+        Raises:
+            RunError: The disk is full.
+        """
+        if text := _lines(records):
+            self._file.append(text)
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
+
+
+def _lines(records: Iterable[Record]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(map(astuple, records))
+    return text.getvalue()
+
+
+def read(path: Path) -> Iterator[Record]:
+    """The visits of a run, in the order in which they were booked; what a killed process half wrote is left out.
+
+    Raises:
+        ConfigError: The file is missing or damaged; names the line.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as exc:
+        raise ConfigError(f"{path} does not exist; is {path.parent} a run directory?") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"cannot read {path}: {exc}") from exc
+    whole = text[: text.rfind("\n") + 1]
+    types = [{"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Record)]
+    for number, row in enumerate(csv.reader(io.StringIO(whole)), start=1):
+        if number == 1 and ",".join(row) + "\n" == HEADER:
+            continue
+        try:
+            yield Record(*(kind(cell) for kind, cell in zip(types, row, strict=True)))
+        except ValueError as exc:
+            raise ConfigError(f"{path}:{number}: damaged line ({exc}); restore the file from a copy") from exc
