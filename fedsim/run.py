@@ -341,7 +341,7 @@ class Driver:
 
     def _evaluate_clients(self) -> dict[str, list[Score]]:
         state, clients, epochs = self.progress.state, self._eval_clients(), self.config["eval"]["finetune_epochs"]
-        out = {"global": self.fed.evaluate_clients(state, clients)}
+        out = {"global": self.fed.evaluate_clients(state, clients, "global")}
         if self.personal:
             out["personal"] = self.fed.evaluate_clients(state, clients, "personal")
         if epochs:

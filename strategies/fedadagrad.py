@@ -34,7 +34,7 @@ class FedAdagrad(FedAvg):
         "one_full_batch_step_is_gradient_descent": "the first round moves every coordinate by about server_lr"
     }
 
-    server_lr: float = 0.1
+    server_lr: float = 0.03
     beta1: float = 0.0
     tau: float = 1e-3
 

@@ -93,9 +93,7 @@ def adaptive_init(w: Tensor, tau: float) -> AdamState:
     return AdamState(w, zeros, zeros + tau**2)
 
 
-def adaptive_step(
-    state: AdamState, delta: Tensor, v: Tensor, server_lr: float, beta1: float, tau: float
-) -> AdamState:
+def adaptive_step(state: AdamState, delta: Tensor, v: Tensor, server_lr: float, beta1: float, tau: float) -> AdamState:
     """``m = beta1 m + (1 - beta1) delta``, ``w = w + server_lr m / (sqrt(v) + tau)``.
 
     Args:

@@ -39,6 +39,7 @@ FEDAVG = (*SMALL, "strategy=fedavg")
 SCAFFOLD = (*SMALL, "strategy=scaffold")  # client memory
 FEDADAM = (*SMALL, "strategy=fedadam")  # server state
 PHASES = (*SMALL, "strategy._target_=tests.phase_strategy.Phases", "rounds=2")
+FILES = ("clients.csv", "classes.csv", "visits.csv", "partition.npz", "model.safetensors")
 METHODS = pytest.mark.parametrize("args", [FEDAVG, SCAFFOLD, FEDADAM], ids=["fedavg", "scaffold", "fedadam"])
 
 
@@ -63,7 +64,7 @@ def outcome(run: Path) -> dict[str, Any]:
     return {
         "summary": {k: v for k, v in summary.items() if k != "commit"},
         "metrics": [{k: v for k, v in r.items() if k != "wall_seconds"} for r in read_metrics(run)],
-        "files": {name: (run / name).read_bytes() for name in ("clients.csv", "partition.npz", "model.safetensors")},
+        "files": {name: (run / name).read_bytes() for name in FILES if (run / name).exists()},
         "leftovers": sorted(p.name for p in run.rglob("*.tmp")),
         "checkpoints": len(list((run / "checkpoints").glob("*.safetensors"))),
     }

@@ -343,8 +343,9 @@ def test_the_summary_says_what_happened(go: Callable[..., Result], drawn: list[P
     with np.load(result.run_dir / "partition.npz") as saved:
         assert str(saved["sha256"]) == s["partition_sha256"]
         assert len(saved["offsets"]) == 9
-    files = {"config.yaml", "metrics.jsonl", "clients.csv", "summary.json", "partition.npz", "model.safetensors"}
-    assert {p.name for p in result.run_dir.iterdir()} == files | {"checkpoints", "log.txt", ".lock"}
+    files = {"config.yaml", "metrics.jsonl", "clients.csv", "classes.csv", "visits.csv", "summary.json"}
+    files |= {"partition.npz", "model.safetensors", "log.txt", ".lock", "checkpoints"}
+    assert {p.name for p in result.run_dir.iterdir()} == files
     assert drawn == [result.run_dir / "figures" / "curves.png"]
 
 

@@ -284,7 +284,9 @@ def tabulate(groups: Sequence[Group], target: float | None = None) -> Table:
     if target is not None:
         for run in (run for g in groups for run in g.runs):
             if not any("test_accuracy" in r for r in run.records):
-                raise ConfigError(f"target={target:g}: {run.path} has no test accuracy in its metrics; leave target out")
+                raise ConfigError(
+                    f"target={target:g}: {run.path} has no test accuracy in its metrics; leave target out"
+                )
     return Table(tuple(_row(g, target) for g in groups), target)
 
 

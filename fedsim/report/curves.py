@@ -1,12 +1,18 @@
-"""Learning curves: accuracy and loss against rounds."""
+"""Learning curves: accuracy and loss against rounds, bytes and time; and how values spread over clients."""
 
 from __future__ import annotations
 
+import io
 import math
-from collections.abc import Iterable, Mapping, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedsim.report.text import human_bytes
 from fedsim.rundir import replacing
 
 if TYPE_CHECKING:
@@ -14,11 +20,167 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Records = Sequence[Mapping[str, Any]]
+Quantity = Literal["accuracy", "loss"]
 
 # Okabe and Ito's palette, which people with any colour vision can tell apart; its yellow is too pale for a line.
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-_SPLITS: tuple[tuple[str, Literal["-", ":", "--"]], ...] = (("test", "-"), ("validation", ":"), ("train", "--"))
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
+#: Kinds of line, as lengths of dashes and gaps in widths of the line: with the colours, 35 lines that differ.
+DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.6), (1, 1.4), (6, 1.4, 1, 1.4), (8, 4))
+#: What a metric is of, and its kind of line.
+SPLITS = {"test": DASHES[0], "validation": DASHES[2], "train": DASHES[1]}
+QUANTITIES: tuple[Quantity, ...] = ("accuracy", "loss")
 _GREY = "#555555"
+_MANY = 5000  # points of a picture past which its lines are pixels: a page of long runs stays small
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What curves are drawn against.
+
+    Attributes:
+        key: ``round``, ``bytes``, ``virtual_seconds`` or ``wall_seconds``.
+        label: With the unit.
+        unit: How many of `values` are one of that unit.
+    """
+
+    key: str
+    label: str
+    unit: float = 1.0
+
+    @classmethod
+    def of(cls, key: str, runs: Sequence[Records]) -> Axis | None:
+        """An axis with a unit that fits all runs; None where nothing is to be told apart along it."""
+        last = max((max(_positions(records, key), default=0.0) for records in runs), default=0.0)
+        if last <= 0:
+            return None
+        if key == "round":
+            return cls(key, "round")
+        if key == "bytes":
+            unit = human_bytes(last).split()[1]
+            power = ("B", "KiB", "MiB", "GiB", "TiB", "PiB").index(unit)
+            return cls(key, f"sent, down and up together ({unit})", 1024.0**power)
+        unit, seconds = next(u for u in (("h", 3600.0), ("min", 60.0), ("s", 1.0)) if last >= 2 * u[1] or u[1] == 1)
+        return cls(key, f"{'virtual' if key.startswith('virtual') else 'wall'} time ({unit})", seconds)
+
+    def values(self, records: Records) -> list[float]:
+        """Where each record stands, in the axis's unit: bytes are summed over the rounds until then."""
+        return [v / self.unit for v in _positions(records, self.key)]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve.
+
+    Attributes:
+        label: For the legend.
+        colour: As ``#rrggbb``.
+        dash: Of `DASHES`.
+        x: Positions, increasing.
+        y: Values; NaN is a gap.
+        std: Half the height of a band around the curve; None: no band.
+    """
+
+    label: str
+    colour: str
+    dash: tuple[float, ...]
+    x: Sequence[float]
+    y: Sequence[float]
+    std: Sequence[float] | None = None
+
+
+def seeds_line(runs: Sequence[Records], key: str, axis: Axis) -> tuple[list[float], list[float], list[float] | None]:
+    """Mean and sample standard deviation over runs that differ in their seed, round by round.
+
+    Rounds that not every run has are left out: a mean over fewer runs would jump there.
+
+    Args:
+        runs: Records of each run, at least one.
+        key: What is drawn, such as ``test_accuracy``.
+        axis: What against; positions are means over the runs.
+
+    Returns:
+        Positions, means and standard deviations (None for one run); empty if no value is finite.
+    """
+    found = []
+    for records in runs:
+        at = axis.values(records)
+        found.append({int(r["round"]): (x, _value(r[key])) for x, r in zip(at, records, strict=True) if key in r})
+    rounds = sorted(set.intersection(*(set(points) for points in found)))
+    columns = [[points[n] for points in found] for n in rounds]
+    x = [statistics.fmean(p[0] for p in column) for column in columns]
+    y = [math.fsum(p[1] for p in column) / len(column) for column in columns]
+    if not any(map(math.isfinite, y)):
+        return [], [], None
+    if len(runs) == 1:
+        return x, y, None
+    return (
+        x,
+        y,
+        [math.nan if math.isnan(m) else statistics.stdev(p[1] for p in c) for m, c in zip(y, columns, strict=True)],
+    )
+
+
+def plot_lines(lines: Sequence[Line], quantity: Quantity, x_label: str, rounds: bool = False) -> str:
+    """A picture of curves for a page, as SVG; its legend is the page's.
+
+    Args:
+        lines: At least one.
+        quantity: Decides the vertical axis: per cent, or a logarithm where one is needed.
+        x_label: For the horizontal axis.
+        rounds: Whether positions are round numbers.
+    """
+    with _svg() as new:
+        figure, axes = new()
+        _draw(axes, lines)
+        _frame(axes, x_label)
+        if rounds:
+            _round_ticks(axes, max(line.x[-1] for line in lines))
+        else:
+            axes.set_xlim(left=min(0.0, min(line.x[0] for line in lines)))
+        _scale(axes, lines, quantity)
+        return _source(figure)
+
+
+def plot_spread(lines: Sequence[Line], quantity: Quantity) -> str:
+    """A picture of values over clients, as SVG: each line climbs from the worst client to the best.
+
+    Args:
+        lines: Positions are the share of clients, in [0, 1].
+        quantity: What is shown of each client.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    with _svg() as new:
+        figure, axes = new()
+        _draw(axes, lines, marks=False)
+        _frame(axes, "clients, from the worst to the best")
+        axes.set_xlim(-0.01, 1.01)
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        _scale(axes, lines, quantity)
+        return _source(figure)
+
+
+def plot_sizes(sizes: Sequence[int]) -> str:
+    """A histogram of the clients' numbers of examples, as SVG.
+
+    Args:
+        sizes: Examples of every client, not all equal.
+    """
+    import numpy as np
+
+    low, high = max(min(sizes), 1), max(sizes)
+    bins = min(30, high - low + 1)
+    wide = high >= 100 * low  # log-normal and power laws
+    edges = np.geomspace(low, high + 1, bins + 1) if wide else np.linspace(low - 0.5, high + 0.5, bins + 1)
+    with _svg() as new:
+        figure, axes = new()
+        axes.hist(sizes, bins=edges.tolist(), color=COLOURS[0], edgecolor="white", linewidth=0.5)
+        _frame(axes, "training and held-out examples of a client")
+        axes.set_ylabel("clients", fontsize=9)
+        if wide:
+            axes.set_xscale("log")
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        return _source(figure)
 
 
 def plot_curves(runs: Sequence[tuple[str, Records]], path: Path) -> None:
@@ -43,95 +205,157 @@ def plot_curves(runs: Sequence[tuple[str, Records]], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4.2), dpi=150, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06))
     FigureCanvasAgg(figure)
-    accuracy, loss = figure.subplots(1, 2)
-    _panel(accuracy, runs, "accuracy")
-    _panel(loss, runs, "loss")
-    _scale_accuracy(accuracy)
-    _scale_loss(loss)
+    last = max((int(r["round"]) for _, records in runs for r in records), default=1)
+    splits: dict[str, tuple[float, ...]] = {}
+    for axes, metric in zip(figure.subplots(1, 2), QUANTITIES, strict=True):
+        lines = _split_lines(runs, metric, splits)
+        axes.set_title(metric.capitalize(), fontsize=11)
+        _frame(axes, "round")
+        _round_ticks(axes, last)
+        _draw(axes, lines)
+        _scale(axes, lines, metric)
+        if not lines:
+            axes.grid(False)
+            axes.set_yticks([])
+            where = {"transform": axes.transAxes, "ha": "center", "va": "center", "color": _GREY}
+            axes.text(0.5, 0.5, f"no {metric} was recorded", **where)
     if len(runs) == 1:
         figure.suptitle(_text(runs[0][0]), fontsize=12)
-    _legend(figure, runs)
+    _legend(figure, [label for label, _ in runs], splits)
     with replacing(path) as temporary:
         path.parent.mkdir(parents=True, exist_ok=True)  # in here, so that a refusal is one clear line too
         figure.savefig(temporary, format="png")
 
 
+def _split_lines(
+    runs: Sequence[tuple[str, Records]], metric: Quantity, seen: dict[str, tuple[float, ...]]
+) -> list[Line]:
+    """A line per run and split that has the metric; notes in ``seen`` which splits there are."""
+    colours, lines = _colours(len(runs)), []
+    for number, (label, records) in enumerate(runs):
+        for which, (split, dash) in enumerate(SPLITS.items()):
+            x, y, _ = seeds_line([records], f"{split}_{metric}", Axis("round", "round"))
+            if x:
+                seen[split] = dash
+                lines.append(Line(label, colours[which if len(runs) == 1 else number], dash, x, y))
+    return lines
+
+
 def _colours(number: int) -> list[Any]:
-    if number <= len(_COLOURS):
-        return list(_COLOURS)
+    if number <= len(COLOURS):
+        return list(COLOURS)
     from matplotlib import colormaps
 
     return [colormaps["viridis"](i / (number - 1) * 0.95) for i in range(number)]
 
 
-def _legend(figure: Figure, runs: Sequence[tuple[str, Records]]) -> None:
+def _legend(figure: Figure, labels: Sequence[str], splits: Mapping[str, tuple[float, ...]]) -> None:
     # One for both panels, below them: inside a panel it would sooner or later lie on a curve.
     from matplotlib.lines import Line2D
 
-    splits = [
-        (which, split, style)
-        for which, (split, style) in enumerate(_SPLITS)
-        if any(_series(records, f"{split}_{metric}")[0] for _, records in runs for metric in ("accuracy", "loss"))
-    ]
     if not splits:
         return
-    if len(runs) == 1:
-        handles = [Line2D([], [], color=_COLOURS[w], linestyle=style, label=split) for w, split, style in splits]
+    shown = [(split, i, dash) for i, (split, dash) in enumerate(SPLITS.items()) if split in splits]
+    if len(labels) == 1:
+        handles = [Line2D([], [], color=COLOURS[i], linestyle=_style(dash), label=split) for split, i, dash in shown]
     else:
-        colours = _colours(len(runs))
-        handles = [Line2D([], [], color=colours[i], label=_text(label)) for i, (label, _) in enumerate(runs)]
-        if len(splits) > 1:
-            handles += [Line2D([], [], color=_GREY, linestyle=style, label=split) for _, split, style in splits]
+        colours = _colours(len(labels))
+        handles = [Line2D([], [], color=colours[i], label=_text(label)) for i, label in enumerate(labels)]
+        if len(shown) > 1:
+            handles += [Line2D([], [], color=_GREY, linestyle=_style(dash), label=split) for split, _, dash in shown]
     longest = max(len(str(handle.get_label())) for handle in handles)
     columns = max(1, min(len(handles), 130 // (longest + 8)))
     figure.legend(handles=handles, loc="outside lower center", ncols=columns, frameon=False, fontsize=9)
 
 
-def _panel(axes: Axes, runs: Sequence[tuple[str, Records]], metric: str) -> None:
+# --- pieces -----------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _svg() -> Iterator[Callable[[], tuple[Figure, Axes]]]:
+    """For making small pictures whose text stays text, the same bytes for the same numbers."""
+    import matplotlib
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    def new() -> tuple[Figure, Axes]:
+        figure = Figure(figsize=(5.0, 3.1))
+        FigureCanvasSVG(figure)
+        return figure, figure.add_axes((0.13, 0.155, 0.845, 0.815))
+
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "fedsim", "font.size": 9}):
+        yield new
+
+
+def _source(figure: Figure) -> str:
+    """The picture's SVG element, without what stands before it and without metadata."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", dpi=200, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    text = buffer.getvalue()
+    return text[text.index("<svg") :]
+
+
+def _draw(axes: Axes, lines: Sequence[Line], marks: bool = True) -> None:
+    many = sum(len(line.x) for line in lines) > _MANY
+    for line in lines:
+        few = len(line.x) <= 30
+        axes.plot(
+            line.x,
+            line.y,
+            linestyle=_style(line.dash),
+            linewidth=1.3 if line.dash else 1.8,
+            color=line.colour,
+            # Past thirty points marks hide the line, but a point between two gaps is seen only by its mark.
+            marker="o" if marks or len(line.x) == 1 else "",
+            markersize=4,
+            markevery=range(len(line.x)) if few else _lone_points(line.y),
+            rasterized=many,
+        )
+        if line.std is not None:
+            low, high = ([m + sign * s for m, s in zip(line.y, line.std, strict=True)] for sign in (-1, 1))
+            axes.fill_between(line.x, low, high, color=line.colour, alpha=0.18, linewidth=0, rasterized=many)
+
+
+def _frame(axes: Axes, x_label: str) -> None:
+    axes.set_xlabel(x_label)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(True, color="#DDDDDD", linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def _round_ticks(axes: Axes, last: float) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    colours = _colours(len(runs))
-    last, drawn = 1, False
-    for number, (_, records) in enumerate(runs):
-        last = max([last, *(int(r["round"]) for r in records)])
-        for which, (split, style) in enumerate(_SPLITS):
-            rounds, values = _series(records, f"{split}_{metric}")
-            if not rounds:
-                continue
-            drawn = True
-            few = len(rounds) <= 30
-            axes.plot(
-                rounds,
-                values,
-                linestyle=style,
-                linewidth=1.3 if split == "train" else 1.8,
-                color=colours[which if len(runs) == 1 else number],
-                # Past thirty points marks hide the line, but a point between two gaps is seen only by its mark.
-                marker="o",
-                markersize=4,
-                markevery=range(len(rounds)) if few else _lone_points(values),
-            )
-    axes.set_title(metric.capitalize(), fontsize=11)
-    axes.set_xlabel("round")
-    axes.set_xlim(0.5 if last == 1 else 1 - 0.02 * (last - 1), last + (0.5 if last == 1 else 0.02 * (last - 1)))
+    margin = 0.5 if last == 1 else 0.02 * (last - 1)
+    axes.set_xlim(1 - margin, last + margin)
     axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, min_n_ticks=1))
-    axes.spines[["top", "right"]].set_visible(False)
-    if drawn:
-        axes.grid(True, color="#DDDDDD", linewidth=0.6)
-        axes.set_axisbelow(True)
-    else:
-        axes.set_yticks([])
-        axes.text(
-            0.5, 0.5, f"no {metric} was recorded", transform=axes.transAxes, ha="center", va="center", color=_GREY
-        )
 
 
-def _series(records: Records, key: str) -> tuple[list[int], list[float]]:
-    """Rounds and values of the records that have ``key``; what is not finite becomes a gap. Empty if nothing is."""
-    points = [(int(r["round"]), _value(r[key])) for r in records if key in r]
-    if not any(math.isfinite(value) for _, value in points):
-        return [], []
-    return [number for number, _ in points], [value for _, value in points]
+def _scale(axes: Axes, lines: Sequence[Line], quantity: Quantity) -> None:
+    values = [v for line in lines for v in line.y if math.isfinite(v)]
+    if not values:
+        return
+    if quantity == "loss":
+        # A run that diverges would press every other curve onto the axis.
+        if min(values) > 0 and max(values) > 1000 * min(values):
+            axes.set_yscale("log")
+        return
+    from matplotlib.ticker import PercentFormatter
+
+    low, high = min(values), max(values)
+    margin = 0.05 * max(high - low, 0.5)
+    axes.set_ylim(max(low - margin, -0.02), min(high + margin, 1.02) if high <= 1 else high + margin)
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+
+
+def _style(dash: tuple[float, ...]) -> Any:
+    return (0, dash) if dash else "-"
+
+
+def _positions(records: Records, key: str) -> list[float]:
+    if key == "bytes":
+        return [float(v) for v in accumulate((r.get("bytes_down") or 0) + (r.get("bytes_up") or 0) for r in records)]
+    return [float(r.get(key) or 0.0) for r in records]
 
 
 def _value(value: float | None) -> float:
@@ -141,29 +365,6 @@ def _value(value: float | None) -> float:
 def _lone_points(values: Sequence[float]) -> list[int]:
     gaps = [True, *(math.isnan(v) for v in values), True]
     return [i for i in range(len(values)) if gaps[i] and not gaps[i + 1] and gaps[i + 2]]
-
-
-def _finite(axes: Axes) -> Iterable[float]:
-    return (float(v) for line in axes.get_lines() for v in line.get_ydata() if math.isfinite(v))  # type: ignore[union-attr, arg-type]
-
-
-def _scale_accuracy(axes: Axes) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    values = list(_finite(axes))
-    if not values:
-        return
-    low, high = min(values), max(values)
-    margin = 0.05 * max(high - low, 0.5)
-    axes.set_ylim(max(low - margin, -0.02), min(high + margin, 1.02) if high <= 1 else high + margin)
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
-
-
-def _scale_loss(axes: Axes) -> None:
-    values = list(_finite(axes))
-    # A run that diverges would press every other curve onto the axis.
-    if values and min(values) > 0 and max(values) > 1000 * min(values):
-        axes.set_yscale("log")
 
 
 def _text(label: str) -> str:

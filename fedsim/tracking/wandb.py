@@ -13,7 +13,7 @@ import os
 import secrets
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from wandb import Run
 
 log = logging.getLogger(__name__)
+logging.getLogger("opentelemetry").addHandler(logging.NullHandler())  # wandb's own statistics; it would print
 
 Mode = Literal["online", "offline", "disabled"]
 INIT_S, FINISH_S = 30.0, 60.0  # how long W&B may take to start, and to upload what is left at the end
@@ -147,7 +148,7 @@ class Wandb:
                 group=self._group or stored["group"],
                 tags=self._tags or None,
                 dir=path,
-                config=dict(run.config),
+                config={**run.config, "resume": None},  # as in config.yaml
                 allow_val_change=True,  # a resume may have more rounds
                 reinit="create_new",  # a W&B run of whoever calls `simulate` stays theirs
                 settings=settings,
@@ -185,8 +186,11 @@ class Wandb:
     def _finish(self, run: Run, summary: Mapping[str, Any], status: Status) -> None:
         run.summary.update(json.loads(dumps(summary)))
         if status == "finished":
-            with _staging_in(self._folder):
-                run.summary["clients"] = _table(RunDir(self._run_dir).clients)
+            try:
+                with _staging_in(self._folder):
+                    run.summary["clients"] = _table(RunDir(self._run_dir).clients)
+            except Exception:  # a table is not worth the end of the run
+                log.warning("W&B did not take the table of clients", exc_info=True)
         folder = shlex.quote(str(self._folder))
         try:
             run.finish(EXIT_CODES[status])
@@ -205,6 +209,10 @@ class Wandb:
             log.warning("W&B failed after round %d", self._last, exc_info=True)
             self._lost = f"recording stopped after round {self._last} ({_reason(exc)})"
             self._run = None
+            import wandb
+
+            with suppress(Exception):  # a service that is gone would be noisy at exit, and in the way of the next run
+                wandb.teardown(1)
 
 
 def asked() -> Mode | None:
