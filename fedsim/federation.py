@@ -9,6 +9,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from fedsim.clients.participation import Participation
 from fedsim.clients.systems import System
 from fedsim.clients.visit import ClientOptions
 from fedsim.clock import Clock
+from fedsim.data import IntArray
 from fedsim.engine.base import Engine, EvalTask, Outcome, Score, Task
 from fedsim.engine.collector import Collector
 from fedsim.errors import RunError
@@ -160,6 +162,10 @@ class Federation:
         self._digests: dict[str, tuple[Any, int]] = {}
         self.buffers = self.program.network.initial_buffers if self.program.network.buffer_layout.d else None
 
+    @cached_property
+    def _sizes(self) -> IntArray:
+        return self.program.clients.sizes()
+
     # --- what a strategy asks -------------------------------------------------------------------------
 
     @property
@@ -243,10 +249,21 @@ class Federation:
         sent, charges = self._payload(strategy.broadcast(state) if send is None else send, program)
         handle = self.engine.put(sent)
         collector = Collector(program, len(cohort))
-        waiting: deque[tuple[Piece, Any]] = deque()
-        slowest, size = 0, max(1, min(PIECE, -(-len(cohort) // self.engine.slots)))
-        for first in range(0, len(cohort), size):
-            part = cohort[first : first + size]
+        waiting: dict[Any, Piece] = {}
+        done: list[tuple[Piece, Outcome]] = []
+
+        def take() -> None:
+            ticket = self.engine.wait(list(waiting))
+            outcome: Outcome = self.engine.result(ticket)
+            piece = waiting.pop(ticket)
+            self._keep(piece, outcome)
+            collector.add(outcome, piece.task.first_leaf)
+            outcome.nodes, outcome.rows, outcome.memory = {}, {}, []  # a cohort may be large
+            done.append((replace(piece, old=[], marks=[], task=replace(piece.task, memory=(), unicast={})), outcome))
+
+        planned = [self._planned(client, steps, epochs, program) for client in cohort]
+        for first, end in cut(planned, self.engine.slots):
+            part = cohort[first:end]
             own = {} if send is not None else strategy.unicast(state, part)
             task = Task(
                 clients=part,
@@ -262,13 +279,13 @@ class Federation:
                 model=model,
             )
             piece = self._piece(task, charges, own, program)
-            waiting.append((piece, self.engine.submit(piece.task)))
-            while waiting and (len(waiting) > 2 * self.engine.slots or first + size >= len(cohort)):
-                done, ticket = waiting.popleft()
-                outcome: Outcome = self.engine.result(ticket)
-                slowest = max(slowest, self._adopt(done, outcome))
-                collector.add(outcome)
-        self._clock.advance(slowest)
+            waiting[self.engine.submit(piece.task)] = piece
+            if len(waiting) > 2 * self.engine.slots:
+                take()
+        while waiting:
+            take()
+        done.sort(key=lambda d: d[0].task.first_leaf)  # sums must not depend on who was first
+        self._clock.advance(max((self._adopt(piece, outcome) for piece, outcome in done), default=0))
         return self._reduced(collector, cohort, program, adopt=phase == "train" and program is self.program)
 
     def dispatch(self, client: int, state: Any, steps: int | None = None, *, train: bool = True) -> int:
@@ -301,7 +318,7 @@ class Federation:
         self.memory.put((client,), [{**row, "task.count": torch.tensor(visit)}])
         task = Task((client,), (f"task.{visit}",), sent, self.round_num, steps=steps)
         piece = self._piece(task, charges, strategy.unicast(state, (client,)), self.program)
-        planned = self.program.options.planned_steps(len(self.program.shard(client))) if steps is None else steps
+        planned = self._planned(client, steps, None, self.program)
         bytes_up = 4 * self.program.shared_size
         arrival = self.now + self.system.duration_ns(client, visit, planned, piece.down[0], bytes_up, self.seed)
         self._round.bytes_down += piece.down[0]
@@ -331,9 +348,10 @@ class Federation:
             return Event("arrival", event.time, client)
         piece, ticket = self._tickets.pop(client)
         outcome = self.engine.result(ticket)
+        self._keep(piece, outcome)
         self._adopt(piece, outcome)
         collector = Collector(self.program, 1)
-        collector.add(outcome)
+        collector.add(outcome, 0)
         return Event("arrival", event.time, client, update=self._reduced(collector, (client,), self.program, False))
 
     def evaluate(self, state: Any, split: str = "test") -> dict[str, Any]:
@@ -519,11 +537,22 @@ class Federation:
             piece = replace(piece, down=[flight.down], charged=True)
             self._tickets[flight.client] = (piece, self.engine.submit(piece.task))
 
-    def _adopt(self, piece: Piece, outcome: Outcome) -> int:
-        """Books a finished piece: memory, bytes, losses. Returns how long its slowest client took, in nanoseconds."""
-        task, done = piece.task, self._round
+    def _planned(self, client: int, steps: int | None, epochs: int | None, program: Program) -> int:
+        """Local steps that a visit is expected to make: what pieces are cut by."""
+        if steps is not None:
+            return steps
+        n = len(program.shard(client)) if client == SERVER else int(self._sizes[client])
+        options = program.options if epochs is None else replace(program.options, epochs=epochs, steps=None)
+        return options.planned_steps(n)
+
+    def _keep(self, piece: Piece, outcome: Outcome) -> None:
+        """Takes what the clients of a finished piece remember."""
         new = zip(piece.old, piece.marks, outcome.memory, strict=True)
-        self.memory.put(task.clients, [{**old, **marks, **rows} for old, marks, rows in new])
+        self.memory.put(piece.task.clients, [{**old, **marks, **rows} for old, marks, rows in new])
+
+    def _adopt(self, piece: Piece, outcome: Outcome) -> int:
+        """Books a finished piece: bytes, losses. Returns how long its slowest client took, in nanoseconds."""
+        task, done = piece.task, self._round
         done.bytes_down += 0 if piece.charged else sum(piece.down)
         done.bytes_up += sum(outcome.bytes_up)
         done.clients += sum(c != SERVER for c in task.clients)
@@ -581,6 +610,34 @@ class Federation:
         while waiting:
             scores += self.engine.result(waiting.popleft())
         return scores
+
+
+def cut(planned: Sequence[int], slots: int) -> list[tuple[int, int]]:
+    """Cuts a cohort into ranges of neighbours, those with most work first.
+
+    Bits do not depend on it. For several workers the ranges become smaller towards the end (half of what is left,
+    divided among the workers, at a time), so that they end at about one time though speeds differ.
+
+    Args:
+        planned: Steps of each client.
+        slots: Number of workers.
+
+    Returns:
+        Ranges ``(first, end)``, of at most `PIECE` clients.
+    """
+    work = [p + 1 for p in planned]
+    left, ranges, first = sum(work), list[tuple[int, int, int]](), 0
+    share = left
+    while first < len(work):
+        if slots > 1 and len(ranges) % slots == 0:
+            share = max(left // (2 * slots), left // 20, 1)
+        end, size = first, 0
+        while end < len(work) and end - first < PIECE and (size == 0 or size + work[end] / 2 <= share):
+            size += work[end]
+            end += 1
+        ranges.append((size, first, end))
+        first, left = end, left - size
+    return [(first, end) for _, first, end in sorted(ranges, key=lambda r: (-r[0], r[1]))]
 
 
 def _plain(value: Any) -> Any:

@@ -24,7 +24,7 @@ CONTRACTS: dict[str, type | tuple[str, ...]] = {
     "model": nn.Module,
     "participation": ("check", "sample"),
     "system": ("duration_ns",),
-    "engine": ("put", "submit", "result", "close"),
+    "engine": ("put", "submit", "wait", "result", "close"),
     "tracker": ("start", "log", "finish"),
 }
 

@@ -170,7 +170,7 @@ class _Alone(InlineEngine):
         super().__init__(exp.program, exp.config["engine"]["threads"])
         self._wanted = wanted
 
-    def submit(self, task: Task | EvalTask) -> Task | EvalTask:
+    def submit(self, task: Task | EvalTask) -> int:
         wanted = self._wanted
         if isinstance(task, Task) and wanted.is_met(task):
             i = task.clients.index(wanted.client)
@@ -189,7 +189,7 @@ class _Alone(InlineEngine):
             wanted.found.append(Replay(wanted.round, wanted.client, task.phase, visit, outcome, record))
             if wanted.complete:
                 raise _Found
-        return task
+        return super().submit(task)
 
 
 def _rounds(exp: Experiment, run: RunDir, wanted: _Wanted, scratch: Path) -> list[Replay]:

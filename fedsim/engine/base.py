@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -126,9 +126,9 @@ class Score:
 
 
 class Engine(Protocol):
-    """Runs tasks. Tickets may be redeemed in any order; a ticket is redeemed once."""
+    """Runs tasks. Tickets are hashable, and may be redeemed in any order; a ticket is redeemed once."""
 
-    #: Pieces that a cohort should be cut into at least, to keep all workers busy.
+    #: How many tasks run side by side.
     slots: int
 
     def put(self, payload: dict[str, Any]) -> Any:
@@ -137,6 +137,10 @@ class Engine(Protocol):
 
     def submit(self, task: Task | EvalTask) -> Any:
         """Takes a task; returns a ticket."""
+        ...
+
+    def wait(self, tickets: Sequence[Any]) -> Any:
+        """The first of these tickets whose task is done; waits until one is."""
         ...
 
     def result(self, ticket: Any) -> Any:

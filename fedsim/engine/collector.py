@@ -25,11 +25,15 @@ class Collector:
         self._layout, self._size = program.layout, num_leaves
         self._kinds: dict[str, str] = {}
         self._trees: dict[str, TreeSum] = {}
-        self._rows: dict[str, list[Any]] = {}
-        self._num_examples: list[int] = []
+        self._rows: dict[str, dict[int, Any]] = {}
+        self._num_examples: dict[int, list[int]] = {}
 
-    def add(self, outcome: Outcome) -> None:
-        """Takes a piece; pieces with rows must come in order.
+    def add(self, outcome: Outcome, first: int) -> None:
+        """Takes a piece.
+
+        Args:
+            outcome: What its clients sent.
+            first: Place of its first client.
 
         Raises:
             ClientError: Its clients sent other entries than those before.
@@ -48,21 +52,26 @@ class Collector:
                 except ValueError as exc:
                     raise ClientError(f"entry '{name}': {exc}") from exc
         for name, rows in outcome.rows.items():
-            self._rows.setdefault(name, []).extend(rows)
-        self._num_examples += outcome.num_examples
+            self._rows.setdefault(name, {})[first] = rows
+        self._num_examples[first] = outcome.num_examples
 
     def values(self) -> tuple[dict[str, Any], Tensor]:
         """The reduced entries by name, and the clients' numbers of examples, float64 ``[m]``."""
-        num_examples = torch.tensor(self._num_examples, dtype=torch.float64)
+        num_examples = torch.tensor(_in_order(self._num_examples), dtype=torch.float64)
         out: dict[str, Any] = {}
         for name, kind in self._kinds.items():
             if kind == "concat":
-                out[name] = self._rows[name]
+                out[name] = _in_order(self._rows[name])
             elif kind == "stack":
-                out[name] = Rows([torch.stack(self._rows[name])], num_examples, self._layout)
+                out[name] = Rows([torch.stack(_in_order(self._rows[name]))], num_examples, self._layout)
             else:
                 value = self._trees[name].result()
                 if kind == "mean" and value[1].numel() == 1 and not bool(value[1]):
                     raise RunError(f"entry '{name}': all weights of the cohort are 0; does it hold any examples?")
                 out[name] = finish(kind, value)
         return out, num_examples
+
+
+def _in_order(pieces: dict[int, list[Any]]) -> list[Any]:
+    """What belongs to each client, in id order."""
+    return [item for first in sorted(pieces) for item in pieces[first]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -25,15 +26,22 @@ class InlineEngine:
         self._threads = torch.get_num_threads()
         torch.set_num_threads(threads)
         self._worker = Worker(program)
+        self._tasks: dict[int, Task | EvalTask] = {}
+        self._submitted = 0
 
     def put(self, payload: dict[str, Any]) -> dict[str, Any]:
         return payload
 
-    def submit(self, task: Task | EvalTask) -> Task | EvalTask:
-        return task
+    def submit(self, task: Task | EvalTask) -> int:
+        self._submitted += 1
+        self._tasks[self._submitted] = task
+        return self._submitted
 
-    def result(self, ticket: Task | EvalTask) -> Any:
-        return self._worker.run(ticket)
+    def wait(self, tickets: Sequence[int]) -> int:
+        return tickets[0]
+
+    def result(self, ticket: int) -> Any:
+        return self._worker.run(self._tasks.pop(ticket))
 
     def close(self) -> None:
         torch.set_num_threads(self._threads)
