@@ -541,7 +541,10 @@ class Federation:
         """Local steps that a visit is expected to make: what pieces are cut by."""
         if steps is not None:
             return steps
-        n = len(program.shard(client)) if client == SERVER else int(self._sizes[client])
+        if client == SERVER:
+            n = 0 if program.server is None else len(program.server)
+        else:
+            n = int(self._sizes[client])
         options = program.options if epochs is None else replace(program.options, epochs=epochs, steps=None)
         return options.planned_steps(n)
 
