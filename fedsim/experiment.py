@@ -112,7 +112,8 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
             )
         config["partition"] = None
     clients, partition = _partition(config, dataset, kept, seed)
-    module = _model(config, dataset, seed, dtype, [strategy, *(recipe for _, recipe in recipes)])
+    example = (clients.train(0).x if dataset.clients is not None else dataset.train.x)[:2]
+    module = _model(config, dataset, example, seed, dtype, [strategy, *(recipe for _, recipe in recipes)])
     options = _client_options(config, module)
     program = Program(
         strategy, recipes, module, _on_device(dataset, config), clients, _move(server, config), options, seed
@@ -125,6 +126,68 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     info = Info(len(clients), dataset.num_classes, program.layout, seed, config["rounds"], config["client"]["lr"])
     trackers = tuple(instantiate(node, f"tracker.{name}") for name, node in config["tracker"].items())
     return Experiment(config, program, participation, system, trackers, partition, info)
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a worker of another process is given; the rest it builds from the config, by import path.
+
+    Attributes:
+        dataset: The data set, in main memory, without what only the driver needs.
+        clients: The population.
+        server: The server's own examples, or None.
+        tensors: Every parameter and buffer of the network as it was first built, by name.
+    """
+
+    dataset: Dataset
+    clients: Clients
+    server: Split | None
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, program: Program) -> Shared:
+        """What a program's workers need."""
+        data = program.dataset
+        empty = Split(data.train.x[:0], data.train.y[:0])  # clients have the examples
+        return cls(
+            replace(data, train=empty, keys={}, clients=None),
+            program.clients,
+            program.server,
+            {name: t.detach() for name, t in _named(program.fresh_module()).items()},
+        )
+
+
+def _named(module: nn.Module) -> dict[str, Tensor]:
+    return {**dict(module.named_parameters()), **dict(module.named_buffers())}
+
+
+def rebuild(config: Config, shared: Shared) -> Program:
+    """The program of a run in another process, bit for bit that of the driver.
+
+    Args:
+        config: The resolved config.
+        shared: What the driver gives; tensors may be read-only.
+
+    Raises:
+        ConfigError: A plug-in cannot be imported here, or is another one than at the driver.
+    """
+    seed, dtype = config["seed"], getattr(torch, config["precision"])
+    strategy = instantiate(config["strategy"], "strategy")
+    recipes = [(name, instantiate(node, f"recipe.{name}")) for name, node in config["recipe"].items()]
+    clients = shared.clients
+    if isinstance(clients, PartitionedClients):
+        clients = replace(clients, split=_move(clients.split, config) or clients.split)
+    dataset = replace(_on_device(shared.dataset, config), clients=None)
+    plain = {**config, "model": {**config["model"], "weights": None}}  # the file may not be here
+    example = clients.train(0)
+    module = _model(plain, dataset, example.x[example.rows[:2]], seed, dtype, [strategy, *(r for _, r in recipes)])
+    options = _client_options(config, module)
+    program = Program(strategy, recipes, module, dataset, clients, _move(shared.server, config), options, seed)
+    named = _named(program.fresh_module())
+    if {n: t.shape for n, t in named.items()} != {n: t.shape for n, t in shared.tensors.items()}:
+        raise ConfigError("a worker built another network than the driver: is the code the same on all nodes?")
+    program.network.reset({name: t.clone() for name, t in shared.tensors.items()})
+    return program
 
 
 def simulate(overrides: Sequence[str] = (), config_dir: str | Path | None = None) -> Result:
@@ -216,8 +279,9 @@ def _device(name: str) -> str:
 # --- model and client -------------------------------------------------------------------------------------
 
 
-def _model(config: Config, dataset: Dataset, seed: int, dtype: torch.dtype, halves: Sequence[ClientHalf]) -> nn.Module:
-    example = (dataset.clients.train(0).x if dataset.clients is not None else dataset.train.x)[:2]
+def _model(
+    config: Config, dataset: Dataset, example: Tensor, seed: int, dtype: torch.dtype, halves: Sequence[ClientHalf]
+) -> nn.Module:
     outputs = dataset.num_classes or (1 if dataset.train.y.dim() < 2 else dataset.train.y.shape[1])
     node = {k: v for k, v in config["model"].items() if k != "weights"}
     facts = {"input_shape": tuple(example.shape[1:]), "num_classes": outputs}

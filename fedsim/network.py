@@ -6,7 +6,7 @@ any point (the iterate, a perturbed point, a teacher) without a copy of the mode
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,19 @@ class Network:
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_bound": 0, "_bound_buffers": 0}  # addresses mean nothing elsewhere
+
+    @torch.no_grad()
+    def reset(self, tensors: Mapping[str, Tensor]) -> None:
+        """Makes these the tensors that the module came with.
+
+        Args:
+            tensors: Every parameter and buffer, by name.
+        """
+        self.bind(self.initial)
+        self.bind_buffers(self.initial_buffers)
+        for name, t in (*self.module.named_parameters(), *self.module.named_buffers()):
+            t.copy_(tensors[name])
+        self._counters = [(b, b.clone()) for b, _ in self._counters]
 
     def bind(self, w: Tensor) -> None:
         """Points the parameters at ``w``, ``[d]`` or ``[1, d]``, contiguous memory of torch's own."""
