@@ -48,7 +48,7 @@ def minimiser(p: Tensor, decay: float = 0.0) -> Tensor:
 
 @pytest.mark.parametrize("weights", ["examples", "uniform"])
 def test_fixed_points_of_fedavg_and_fednova_match_their_closed_forms(weights: str, tmp_path: Path) -> None:
-    # tau_i steps take client i from x to c_i + q_i (x - c_i), q_i = (1 - lr a_i)^tau_i: its update is (1 - q_i)(c_i - x).
+    # tau_i steps take client i from x to c_i + q_i (x - c_i), q_i = (1 - lr a_i)^tau_i: by (1 - q_i)(c_i - x).
     # FedAvg stands still where sum p_i (1 - q_i)(c_i - x) = 0, FedNova where sum p_i (1 - q_i) / tau_i (c_i - x) = 0.
     pulls = 1 - (1 - LR * A) ** TAU
     for strategy, pull in (("fedavg", pulls), ("fednova", pulls / TAU)):
@@ -134,7 +134,7 @@ def test_a_round_is_the_paper_s_update(solver: str, weights: str, tmp_path: Path
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("mu", [0.0, 1.5])
+@pytest.mark.parametrize("mu", [0.0, 0.8])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_on_linear_clients_any_solver_gives_gradient_descent(nesterov: bool, mu: float, tmp_path: Path) -> None:
     # Gradients are constant but for 1e-9 w: every d_i is client i's gradient, and a round is one step along their mean

@@ -94,7 +94,7 @@ class Wandb:
             return
         self._run = self._init(run, mode)
         self._folder = run.run_dir / "wandb" / Path(self._run.dir).parent.name
-        self._first = self._run.step  # a W&B run that goes on begins after the last round that it has
+        self._first = self._run.starting_step  # a W&B run that goes on begins after the last round that it has
         # Axes for any metric; the round is the usual one.
         for axis in ("round", "virtual_seconds", "wall_seconds", "bytes_total"):
             self._run.define_metric(axis)
@@ -278,7 +278,7 @@ def _table(path: Path) -> Any:
 
     with path.open(encoding="utf-8", newline="") as file:
         columns, *rows = csv.reader(file)
-    return wandb.Table(columns=columns, data=[[_number(cell) for cell in row] for row in rows])
+    return wandb.Table(columns=[*columns], data=[[_number(cell) for cell in row] for row in rows])
 
 
 @contextmanager
