@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import doctest
 import importlib.util
+import itertools
 import os
 import re
 import shlex
@@ -129,12 +130,23 @@ def run(words: list[str], how: str, fedsim: Fedsim, where: str) -> None:
     if how == "run":
         done = fedsim(*args)
         assert done.status == 0, f"{where}: {shlex.join(words)}: {done.err}"
-    elif args and args[0] in COMMANDS:
-        assert args[0] in COMMANDS
-    elif not any(a.startswith("resume=") for a in args):
-        sweep = bool({"-m", "--multirun"} & set(args))
-        overrides = [a.partition(",")[0] if sweep and "[" not in a else a for a in args if not a.startswith("-")]
-        check(requested(overrides)[0])
+    elif args[0] not in COMMANDS and not any(a.startswith("resume=") for a in args):
+        for overrides in jobs(args):
+            check(requested(overrides)[0])
+
+
+def jobs(args: list[str]) -> Iterator[list[str]]:
+    """The overrides of every job of a command line; one, unless it is a sweep."""
+    given = [a for a in args if not a.startswith("-")]
+    if "-m" not in args:
+        yield given
+        return
+    choices = [
+        [f"{key}={value}" for value in (values.split(",") if "[" not in values else [values])]
+        for key, _, values in (a.partition("=") for a in given)
+    ]
+    for job in itertools.product(*choices):
+        yield [*job]
 
 
 def session(text: str, fedsim: Fedsim, where: str) -> None:
@@ -176,9 +188,14 @@ def test_the_quickstart_names_every_file_of_a_run(fedsim: Fedsim, tmp_path: Path
     assert sorted(named) == sorted(left)
 
 
+def need_the_extra() -> None:
+    for module in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
+        pytest.importorskip(module, reason="the site needs the extra `docs`")
+
+
 @pytest.fixture(scope="module")
 def hooks() -> ModuleType:
-    pytest.importorskip("mkdocs", reason="the site needs the extra `docs`")
+    need_the_extra()
     spec = importlib.util.spec_from_file_location("docs_hooks", DOCS / "hooks.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -223,7 +240,7 @@ def test_patterns_of_the_navigation_take_new_pages_in(hooks: ModuleType, tmp_pat
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    pytest.importorskip("mkdocs", reason="the site needs the extra `docs`")
+    need_the_extra()
     folder = tmp_path_factory.mktemp("site")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)],

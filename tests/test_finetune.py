@@ -23,7 +23,7 @@ EPOCHS = 3
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Driver, "_draw", lambda self: None)
+    monkeypatch.setattr(Driver, "_draw", lambda *_: None)
 
 
 def values(**more: Any) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from fedsim import random
@@ -519,3 +522,25 @@ def test_fedavg_equals_a_plain_pytorch_federation(tmp_path: Path) -> None:
 def test_impossible_options_are_refused(strategy: str, key: str, value: Any, needed: str) -> None:
     with pytest.raises(ConfigError, match=rf"strategy\.{key} must be {needed}"):
         build(configure((f"strategy={strategy}",), {f"strategy.{key}": value}))
+
+
+# --- the pages --------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("strategy", sorted(p.stem for p in (ROOT / "conf" / "strategy").glob("*.yaml")))
+def test_a_method_s_page_agrees_with_its_module_and_config(strategy: str) -> None:
+    page = (ROOT / "docs" / "methods" / f"{strategy}.md").read_text(encoding="utf-8")
+    config = configure((f"strategy={strategy}",))["strategy"]
+    module = importlib.import_module(config["_target_"].rpartition(".")[0]).__doc__ or ""
+    table = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", page, re.MULTILINE)
+    assert {k: yaml.safe_load(v) for k, v in table} == {k: _plain(v) for k, v in config.items() if k != "_target_"}
+    assert re.findall(r"arxiv.org/abs/[\d.]+\d", module)[0] in page
+    section = page.split("## Departures")[1].split("## ")[0]
+    assert len(re.findall(r"^\d\. ", section, re.MULTILINE)) == len(re.findall(r"^ {4}\d\. ", module, re.MULTILINE))
+    assert ("None known" in section) == ("Departures: none known" in module)
+
+
+def _plain(value: Any) -> Any:
+    return yaml.safe_load(str(value)) if isinstance(value, float) else value

@@ -286,6 +286,23 @@ def test_w_and_b_failing_on_the_way_costs_no_round_and_a_resume_sends_all(
     assert told(run_dir)[-1].exit_code == 0
 
 
+def test_an_upload_that_takes_too_long_is_said_with_the_remedy(
+    fedsim: Fedsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = wandb.Run.finish
+
+    def late(run: wandb.Run, exit_code: int) -> None:
+        finish(run, exit_code)
+        raise TimeoutError
+
+    monkeypatch.setattr(wandb.Run, "finish", late)
+    outcome = fedsim(*QUICK, "tracker=wandb")
+    assert (outcome.status, outcome.err) == (0, "")
+    (this,) = told(only_run(tmp_path))
+    assert "not all was uploaded; do it with: wandb sync --include-online runs/" in outcome.out
+    assert outcome.out.rstrip().endswith(this.folder.name)
+
+
 # --- accounts, modes and mistakes -------------------------------------------------------------------------
 
 
@@ -458,6 +475,7 @@ class Server(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
+@pytest.mark.slow
 def test_an_online_run_goes_on_after_a_resume_without_a_gap_and_without_a_round_twice(
     fedsim: Fedsim, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
