@@ -501,7 +501,7 @@ class Driver:
             return
         columns: dict[str, list[Any]] = {"class": list(range(dataset.num_classes)), "name": list(dataset.class_names)}
         if isinstance(clients, PartitionedClients):
-            labels = dataset.train.y.numpy()[clients.train_part.indices]
+            labels = clients.split.y.cpu().numpy()[clients.train_part.indices]
             columns["num_train"] = np.bincount(labels, minlength=dataset.num_classes).tolist()
         columns |= {
             key.replace("class_count", "num_test").removeprefix("class_"): latest[key]

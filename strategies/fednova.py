@@ -71,15 +71,14 @@ class FedNova(FedAvg):
 
     def update(self, w: Tensor, d: Tensor, local: Local) -> Tensor:
         if self.normalise:
-            if "rule" not in local.scratch:
-                local.scratch |= {"rule": linear_rule(local.options, self.mu), "work": (0.0, 0.0)}
-            local.scratch["work"] = unit_step(*local.scratch["work"], local.lr, local.scratch["rule"], self.mu)
+            rule, x, b = local.scratch.get("work") or (linear_rule(local.options, self.mu), 0.0, 0.0)
+            local.scratch["work"] = (rule, *unit_step(x, b, local.lr, rule, self.mu))
         return local.optimizer(w, d)
 
     def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
         if not self.normalise:
             return super().finish(w, local)
-        work, _ = local.scratch.get("work", (0.0, 0.0))
+        _, work, _ = local.scratch.get("work", (None, 0.0, None))
         delta = local.delta(w) / work if work else local.delta(w)  # no step: no update either
         return {
             "delta": mean(delta, self.weight(w)),  # -d_i in the paper

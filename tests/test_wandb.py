@@ -342,6 +342,7 @@ def test_disabled_by_the_environment_says_so_and_writes_nothing(
         ({"WANDB_API_KEY": "abc"}, "rounds=1", r"credentials are wrong: .*40\+ characters, has 3.*mode=offline"),
         ({"WANDB_MODE": "bogus"}, "rounds=1", r"WANDB_MODE=bogus.*'online', 'offline'"),
         ({"WANDB_MODE": "shared"}, "rounds=1", r"WANDB_MODE=shared is not available"),
+        ({"WANDB_MODE": "offline"}, "tracker.wandb.mode=online", r"mode=online, but WANDB_MODE .* say offline; unset"),
         ({}, "tracker.wandb.mode=online", r"mode=online needs an account.*wandb login.*mode=offline"),
     ],
 )

@@ -107,11 +107,15 @@ class Wandb:
 
     def _resolve_mode(self) -> tuple[Mode, str]:
         """What to do, and the reason."""
-        wanted = asked() if self._mode == "auto" else None
-        if wanted is not None:
-            return wanted, f"WANDB_MODE or W&B's settings say {wanted}"
+        wanted = asked()
         if self._mode == "offline":
             return "offline", "tracker.wandb.mode=offline"
+        if wanted in ("offline", "disabled") and self._mode == "online":
+            raise ConfigError(
+                f"tracker.wandb.mode=online, but WANDB_MODE or W&B's settings say {wanted}; unset that, or {OFFLINE}"
+            )
+        if wanted is not None and self._mode == "auto":
+            return wanted, f"WANDB_MODE or W&B's settings say {wanted}"
         if has_credentials():
             return "online", "there are credentials"
         if self._mode == "online":
