@@ -301,7 +301,8 @@ class Federation:
         self.memory.put((client,), [{**row, "task.count": torch.tensor(visit)}])
         task = Task((client,), (f"task.{visit}",), sent, self.round_num, steps=steps)
         piece = self._piece(task, charges, strategy.unicast(state, (client,)), self.program)
-        planned = self.program.options.planned_steps(len(self.program.shard(client))) if steps is None else steps
+        n = len(self.program.shard(client))
+        planned = strategy.planned_steps(self.program.options, n) if steps is None else steps
         bytes_up = 4 * self.program.shared_size
         arrival = self.now + self.system.duration_ns(client, visit, planned, piece.down[0], bytes_up, self.seed)
         self._round.bytes_down += piece.down[0]

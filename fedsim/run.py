@@ -208,7 +208,8 @@ class Driver:
 
     def _work(self) -> dict[str, Any]:
         p = self.progress
-        self.run_dir.summary.unlink(missing_ok=True)  # of fewer rounds; only now that nothing refuses to go on
+        for old in (self.run_dir.summary, self.run_dir.report):  # of fewer rounds; now nothing refuses to go on
+            old.unlink(missing_ok=True)
         write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
         self.run_dir.failure.unlink(missing_ok=True)
         self._visits = Visits(self.run_dir.visits, None if p.state is None else p.round_num + p.finalized)

@@ -31,7 +31,6 @@ from fedsim.clients.local import Local
 from fedsim.clients.optimizers import SGD
 from fedsim.clients.visit import ClientOptions
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
 from fedsim.reduce import Entry, Reduced, mean
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategy import Grad, State, require
@@ -61,10 +60,9 @@ class FedNova(FedAvg):
         require(self.server_lr > 0, "strategy.server_lr", "> 0", self.server_lr)
         require(self.mu >= 0, "strategy.mu", ">= 0", self.mu)
 
-    def prepare(self, fed: Federation, state: State) -> State:
+    def check_client(self, options: ClientOptions) -> None:
         if self.normalise:
-            linear_rule(fed.options, self.mu)
-        return state
+            linear_rule(options, self.mu)
 
     def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
         return grad(w) + self.mu * (w - local.start) if self.mu else grad(w)

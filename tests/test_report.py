@@ -9,6 +9,7 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -207,6 +208,15 @@ def test_an_unfinished_run_is_told_as_far_as_it_came(tmp_path: Path) -> None:
     assert found.row("Clients trained") == ["Clients trained", "9", "3"]
 
 
+def test_the_best_round_of_an_unfinished_regression_has_the_lowest_loss(tmp_path: Path) -> None:
+    run = unfinished(tmp_path / "a")
+    records = [{"round": n, "test_loss": v} for n, v in enumerate((0.9, 0.2, None, 0.5), start=1)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+    found = page(run)
+    cards = dict(zip(found.texts["dt"], (" ".join(dd.split()) for dd in found.texts["dd"]), strict=True))
+    assert (cards["Final test loss"], cards["Best test loss"]) == ("0.5000", "0.2000 round 2")
+
+
 def test_a_run_that_stopped_early_says_why(tmp_path: Path) -> None:
     run = example(tmp_path / "a")
     (run / "summary.json").write_text(json.dumps({**read_summary(run), "rounds": 3, "stopped": "virtual time < 6 s"}))
@@ -216,8 +226,9 @@ def test_a_run_that_stopped_early_says_why(tmp_path: Path) -> None:
 def test_what_a_run_lacks_is_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 1, config="x: 1", records=[{"round": 1}], final={}, best={}, totals={})
     found = page(run)
-    assert found.sections == ["What ran", "Cost", "Versions and hashes"] or "Curves" in found.sections
-    assert found.pictures == []
+    assert found.sections == ["What ran", "Curves", "Cost", "Versions and hashes"]
+    assert found.pictures == [] and "Against bytes sent: left out, because none was counted." in found.texts["p"]
+    assert found.texts["dt"] == ["Rounds", "Sent", "Wall time"]
 
 
 def test_numbers_that_became_nan_are_shown(tmp_path: Path) -> None:
@@ -346,7 +357,7 @@ def test_tables_headings_and_language_are_there_for_a_screen_reader(tmp_path: Pa
         assert found.all("html") == [{"lang": "en"}] and found.texts["title"][0].strip()
         levels = [int(tag[1]) for tag, _ in found.tags if tag in ("h1", "h2", "h3")]
         assert levels[0] == 1 and levels.count(1) == 1
-        assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+        assert all(b - a <= 1 for a, b in pairwise(levels))
         assert len(found.all("caption")) == len(found.all("table"))
         assert all(th.get("scope") in ("row", "col") for th in found.all("th"))
 
