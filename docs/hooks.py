@@ -102,14 +102,23 @@ def config() -> str:
         for option, path in files.items():
             text = path.read_text(encoding="utf-8")
             fence = _indented(f'```yaml title="conf/{group}/{option}.yaml"\n{text}```')
-            parts.append(f'???{"+" if option in default else ""} example "{group}={option}"\n{fence}')
+            parts.append(f'???{"+" if option in default else ""} note "{group}={option}"\n{fence}')
     return "\n\n".join(parts)
 
 
+def groups() -> str:
+    """The config groups, each a link to its section."""
+    from fedsim.config import GROUPS
+
+    return " · ".join(["[the top](#at-the-top)", *(f"[{group}](#{group})" for group in GROUPS)])
+
+
 def _default(group: str, default: list[str]) -> str:
-    return f"Default: `{group}={','.join(default)}`." if len(default) == 1 else (
-        f"Default: `{group}=[{','.join(default)}]`."
-    )
+    from fedsim.config import LISTS
+
+    if group in LISTS:
+        return f"Any number of options. Default: `{group}=[{','.join(default)}]`."
+    return f"Default: `{group}={default[0]}`." if default else "Default: none."
 
 
 def _table(group: str, files: Mapping[str, Path]) -> str:
@@ -127,7 +136,7 @@ def _indented(text: str) -> str:
     return "\n".join(f"    {line}".rstrip() for line in text.splitlines())
 
 
-GENERATED: dict[str, Callable[[], str]] = {"commands": commands, "config": config}
+GENERATED: dict[str, Callable[[], str]] = {"commands": commands, "config": config, "groups": groups}
 
 
 # --- formulas ---------------------------------------------------------------------------------------------
@@ -142,4 +151,5 @@ def _mathml(match: re.Match[str]) -> str:
     from latex2mathml.converter import convert
 
     display = "block" if match[2] == "[" else "inline"
-    return str(convert(html.unescape(match[3]).strip(), display=display))
+    formula = str(convert(html.unescape(match[3]).strip(), display=display))
+    return formula.replace("<mo>&#x02016;", '<mo stretchy="false">&#x02016;')  # a norm's bars are not as tall as a sum

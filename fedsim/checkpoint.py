@@ -23,6 +23,7 @@ from fedsim.rundir import write_atomic
 
 log = logging.getLogger(__name__)
 
+
 class Checkpoints:
     """The checkpoints of one run.
 

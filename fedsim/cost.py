@@ -32,9 +32,9 @@ def estimate(exp: Experiment) -> dict[str, Any]:
     program, rounds = exp.program, exp.config["rounds"]
     rng = numpy_generator(program.seed, "participation", 1, 0)
     cohort = exp.participation.sample(len(program.clients), rng)
-    steps = float(np.mean([program.options.planned_steps(int(n)) for n in program.clients.sizes()[cohort]])) * len(
-        cohort
-    )
+    steps = float(
+        np.mean([program.strategy.planned_steps(program.options, int(n)) for n in program.clients.sizes()[cohort]])
+    ) * len(cohort)
     engine = InlineEngine(program, exp.config["engine"]["threads"])
     try:
         state = program.strategy.init(exp.info, program.network.initial.clone())

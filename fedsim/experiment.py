@@ -103,6 +103,9 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
         raise ConfigError(
             f"strategy {_short(config['strategy'])} needs a `step` or a `round`: the server's half of a method"
         )
+    for override in explicit:
+        if why := strategy.unused.get(override.lstrip("+~").split("=")[0]):
+            raise ConfigError(f"{override} has no effect with strategy={_short(config['strategy'])}: {why}; remove it")
     recipes = [(name, instantiate(node, f"recipe.{name}")) for name, node in config["recipe"].items()]
     dataset, server, kept = _load_data(config, seed)
     if dataset.clients is not None:
@@ -115,6 +118,7 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     example = (clients.train(0).x if dataset.clients is not None else dataset.train.x)[:2]
     module = _model(config, dataset, example, seed, dtype, [strategy, *(recipe for _, recipe in recipes)])
     options = _client_options(config, module)
+    strategy.check_client(options)
     program = Program(
         strategy, recipes, module, _on_device(dataset, config), clients, _move(server, config), options, seed
     )

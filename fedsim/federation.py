@@ -545,8 +545,9 @@ class Federation:
             n = 0 if program.server is None else len(program.server)
         else:
             n = int(self._sizes[client])
-        options = program.options if epochs is None else replace(program.options, epochs=epochs, steps=None)
-        return options.planned_steps(n)
+        if epochs is not None:
+            return replace(program.options, epochs=epochs, steps=None).planned_steps(n)
+        return program.strategy.planned_steps(program.options, n)
 
     def _keep(self, piece: Piece, outcome: Outcome) -> None:
         """Takes what the clients of a finished piece remember."""

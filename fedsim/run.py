@@ -208,7 +208,8 @@ class Driver:
 
     def _work(self) -> dict[str, Any]:
         p = self.progress
-        self.run_dir.summary.unlink(missing_ok=True)  # of fewer rounds; only now that nothing refuses to go on
+        for old in (self.run_dir.summary, self.run_dir.report):  # of fewer rounds; now nothing refuses to go on
+            old.unlink(missing_ok=True)
         write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
         self.run_dir.failure.unlink(missing_ok=True)
         self._visits = Visits(self.run_dir.visits, None if p.state is None else p.round_num + p.finalized)
@@ -427,7 +428,6 @@ class Driver:
         self._write_model()
         self._write_clients()
         self._write_classes()
-        self._draw()
         summary = {
             "status": "finished",
             "final": _without_tables(p.latest),
@@ -448,6 +448,7 @@ class Driver:
             "versions": versions(),
             "commit": _commit(),
         }
+        self._draw(summary)
         self.run_dir.write_summary(summary)  # last: who sees it sees a finished run
         log.info("finished after round %d", p.round_num)
         return summary
@@ -501,7 +502,7 @@ class Driver:
             return
         columns: dict[str, list[Any]] = {"class": list(range(dataset.num_classes)), "name": list(dataset.class_names)}
         if isinstance(clients, PartitionedClients):
-            labels = dataset.train.y.numpy()[clients.train_part.indices]
+            labels = clients.split.y.cpu().numpy()[clients.train_part.indices]
             columns["num_train"] = np.bincount(labels, minlength=dataset.num_classes).tolist()
         columns |= {
             key.replace("class_count", "num_test").removeprefix("class_"): latest[key]
@@ -509,14 +510,21 @@ class Driver:
         }
         _write_table(self.run_dir.classes, columns)
 
-    def _draw(self) -> None:
-        from fedsim.report.curves import plot_curves
+    def _draw(self, summary: dict[str, Any]) -> None:
+        """Pictures in ``figures/``, and ``report.html``."""
+        from fedsim.report import curves, html, partition
 
-        if self.run_dir.metrics.exists():
-            try:
-                plot_curves([(self.exp.name, read_metrics(self.run_dir.metrics))], self.run_dir.figures / "curves.png")
-            except Exception:  # no picture is worth the results of a run
-                log.warning("%s: the curves could not be drawn", self.run_dir.path, exc_info=True)
+        run, part, dataset = self.run_dir, self.exp.partition, self.exp.program.dataset
+        try:
+            curves.plot_curves([(self.exp.name, read_metrics(run.metrics))], run.figures / "curves.png")
+            if part is not None and len(part) > 1 and dataset.num_classes:
+                draw = partition.plot_bubbles if len(part) <= partition.MAX_BUBBLE_CLIENTS else partition.plot_heatmap
+                title = f"{self.exp.describe()['partition']}, seed {self.config['seed']}"
+                labels = dataset.train.y.cpu().numpy()
+                draw(part, labels, dataset.class_names, run.figures / "partition.png", title)
+            html.write_own_report(run.path, summary)
+        except Exception:  # no picture is worth the results of a run
+            log.warning("%s: the pictures or the report could not be made", run.path, exc_info=True)
 
 
 def _without_tables(latest: dict[str, Any]) -> dict[str, Any]:

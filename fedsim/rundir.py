@@ -329,6 +329,11 @@ class RunDir:
         return self.path / "visits.csv"
 
     @property
+    def report(self) -> Path:
+        """``report.html``: all of it on one page."""
+        return self.path / "report.html"
+
+    @property
     def failure(self) -> Path:
         """``failure.json``: the visit that ended the run."""
         return self.path / "failure.json"

@@ -8,6 +8,7 @@ number of a client ``[C, 1]``; C is 1 when clients run one by one.
 
 from __future__ import annotations
 
+import inspect
 import math
 import typing
 from collections.abc import Mapping
@@ -25,6 +26,7 @@ from fedsim.vector import Layout
 if TYPE_CHECKING:
     from fedsim.clients.batch import Batch
     from fedsim.clients.local import Local
+    from fedsim.clients.visit import ClientOptions
     from fedsim.federation import Federation
 
 SERVER = -1
@@ -177,6 +179,7 @@ class Strategy(ClientHalf):
         neutral: Options that make this method its parent, bit for bit.
         quick: Options under which a run with small data takes seconds; for methods with long phases.
         exempt: Laws of the suite that do not apply (a test's name without ``test_``), each with the reason.
+        unused: Config keys without effect under this method, each with the reason; giving one is refused.
     """
 
     parent: ClassVar[str | None] = None
@@ -184,6 +187,14 @@ class Strategy(ClientHalf):
     neutral: ClassVar[Mapping[str, Any]] = {}
     quick: ClassVar[Mapping[str, Any]] = {}
     exempt: ClassVar[Mapping[str, str]] = {}
+    unused: ClassVar[Mapping[str, str]] = {}
+
+    def check_client(self, options: ClientOptions) -> None:
+        """Refuses settings of the ``client`` group that the method cannot work with; raise a `ConfigError`."""
+
+    def planned_steps(self, options: ClientOptions, n: int) -> int:
+        """Local steps of a visit of a client with ``n`` examples, where `ClientHalf.work` makes others than usual."""
+        return options.planned_steps(n)
 
     def init(self, info: Info, w: Tensor) -> Any:
         """The server's first state, from the initial parameters ``w``, ``[d]``. Default: `State`."""
@@ -228,7 +239,15 @@ def check_types(half: Any) -> None:
 
     Numbers must be finite; an int is a float; a bool is no number.
     """
-    hints = typing.get_type_hints(type(half))
+    kind = type(half)
+    hints = typing.get_type_hints(kind)
+    named = inspect.get_annotations(kind)  # its own, not its parents'
+    own = [name for name in named if ClassVar not in (hints[name], typing.get_origin(hints[name]))]
+    if own and "__dataclass_fields__" not in kind.__dict__:
+        raise ConfigError(
+            f"{kind.__name__}.{own[0]} is no option: {kind.__name__} needs its own @dataclass(frozen=True), as its "
+            "parent has"
+        )
     for f in fields(half):
         hint, value = hints[f.name], getattr(half, f.name)
         key = f"{config_key(half)}.{f.name}"

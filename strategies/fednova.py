@@ -31,7 +31,6 @@ from fedsim.clients.local import Local
 from fedsim.clients.optimizers import SGD
 from fedsim.clients.visit import ClientOptions
 from fedsim.errors import ConfigError
-from fedsim.federation import Federation
 from fedsim.reduce import Entry, Reduced, mean
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategy import Grad, State, require
@@ -61,25 +60,23 @@ class FedNova(FedAvg):
         require(self.server_lr > 0, "strategy.server_lr", "> 0", self.server_lr)
         require(self.mu >= 0, "strategy.mu", ">= 0", self.mu)
 
-    def prepare(self, fed: Federation, state: State) -> State:
+    def check_client(self, options: ClientOptions) -> None:
         if self.normalise:
-            linear_rule(fed.options, self.mu)
-        return state
+            linear_rule(options, self.mu)
 
     def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
         return grad(w) + self.mu * (w - local.start) if self.mu else grad(w)
 
     def update(self, w: Tensor, d: Tensor, local: Local) -> Tensor:
         if self.normalise:
-            if "rule" not in local.scratch:
-                local.scratch |= {"rule": linear_rule(local.options, self.mu), "work": (0.0, 0.0)}
-            local.scratch["work"] = unit_step(*local.scratch["work"], local.lr, local.scratch["rule"], self.mu)
+            rule, x, b = local.scratch.get("work") or (linear_rule(local.options, self.mu), 0.0, 0.0)
+            local.scratch["work"] = (rule, *unit_step(x, b, local.lr, rule, self.mu))
         return local.optimizer(w, d)
 
     def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
         if not self.normalise:
             return super().finish(w, local)
-        work, _ = local.scratch.get("work", (0.0, 0.0))
+        _, work, _ = local.scratch.get("work", (None, 0.0, None))
         delta = local.delta(w) / work if work else local.delta(w)  # no step: no update either
         return {
             "delta": mean(delta, self.weight(w)),  # -d_i in the paper

@@ -6,24 +6,20 @@ with one epoch and one batch: every client steps along its gradient at the globa
 Departures: none known.
 
 It is FedAvg under ``client.epochs=1 client.batch_size=null``, bit for bit. So ``client.epochs``, ``client.steps`` and
-``client.batch_size`` have no effect; whatever else is configured for a client's step (``client.lr``, its decay,
-``client.clip_norm``, an optimizer other than SGD) keeps its meaning.
+``client.batch_size`` have no effect, and giving one is refused; whatever else is configured for a client's step
+(``client.lr``, its decay, ``client.clip_norm``, an optimizer other than SGD) keeps its meaning.
 """
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import Tensor
 
 from fedsim.clients.local import Local
-from fedsim.federation import Federation
+from fedsim.clients.visit import ClientOptions
 from fedsim.strategies.fedavg import FedAvg
-from fedsim.strategy import State
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -32,13 +28,12 @@ class FedSGD(FedAvg):
 
     # Not a parent by options of its own: FedAvg under other options of the client is no law that the suite knows.
     parent: ClassVar[str | None] = None
+    unused: ClassVar = dict.fromkeys(
+        ("client.epochs", "client.steps", "client.batch_size"), "a visit is one step over all of a client's examples"
+    )
 
-    def prepare(self, fed: Federation, state: State) -> State:
-        given = {"epochs": fed.options.epochs, "steps": fed.options.steps, "batch_size": fed.options.batch_size}
-        unused = [f"client.{k}={v}" for k, v in given.items() if v is not None and (k, v) != ("epochs", 1)]
-        if unused:
-            log.warning("%s: no effect with fedsgd, whose visit is one step over all examples", ", ".join(unused))
-        return state
+    def planned_steps(self, options: ClientOptions, n: int) -> int:
+        return min(n, 1)
 
     def schedule(self, local: Local) -> dict[str, int]:
         return {"batch_size": local.n}

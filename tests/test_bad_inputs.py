@@ -29,6 +29,21 @@ from tests.cli import QUICK, ROOT, Fedsim, only_run, process
 #: Command line, and what its line must say.
 REFUSED: list[tuple[str, str]] = [
     # keys
+    ("report", "fedsim report needs a run directory"),
+    ("report runs", "runs does not exist"),
+    ("report . ot=x.html", "has no option ot= (did you mean 'out'?)"),
+    ("compare . format=pdf", "pdf"),
+    ("compare . target=90", "90"),
+    ("replay", "fedsim replay needs a run directory"),
+    ("replay nothing round=1 client=1", "nothing is not a directory"),
+    ("doctor now", "fedsim doctor takes no arguments, got 'now'"),
+    ("tracker=wand", "did you mean 'wandb'?"),
+    ("tracker=wandb tracker.wandb.mode=sometimes", "tracker.wandb.mode"),
+    ("eval.finetune_epochs=-1", "eval.finetune_epochs must be a whole number, at least 0"),
+    ("checkpoint.keep=1", "checkpoint.keep must be a whole number, at least 2, or null, got 1"),
+    ("strategy=fednova client.optimizer=adam", "strategy=fednova needs client.optimizer=sgd, got adam"),
+    ("strategy=fedsgd client.epochs=5", "client.epochs=5 has no effect with strategy=FedSGD: a visit is one step over"),
+    ("strategy=fedsgd +client.steps=5 client.epochs=null", "has no effect with strategy=FedSGD"),
     ("rouns=5", "unknown key 'rouns' (did you mean 'rounds'?)"),
     ("clint.lr=0.1", "did you mean 'client.lr'?"),
     ("client.learning_rate=0.1", "did you mean 'client.lr'?"),
@@ -39,10 +54,10 @@ REFUSED: list[tuple[str, str]] = [
     ("num_clients=10", "did you mean 'partition.num_clients'?"),
     ("dataset=mnist", "did you mean 'data'?"),
     ("method=fedavg", "did you mean 'strategy'?"),
-    ("mu=0.1", "did you mean 'strategy.mu' of strategy=fedprox?"),
-    ("strategy.mue=1", "did you mean 'strategy.mu' of strategy=fedprox?"),
+    ("mu=0.1", "did you mean 'strategy.mu' of strategy=fednova or strategy=fedprox?"),
+    ("strategy.mue=1", "did you mean 'strategy.mu' of strategy=fednova or strategy=fedprox?"),
     ("strategy=fedprox strategy.mue=1", "did you mean 'strategy.mu'?"),
-    ("strategy.mu=1", "it belongs to strategy=fedprox; this run has strategy=fedavg"),
+    ("strategy.mu=1", "it belongs to strategy=fednova or strategy=fedprox; this run has strategy=fedavg"),
     ("participation.fraction=0.5", "it belongs to participation=fraction; this run has participation=all"),
     ("partition=pathological partition.alpha=1", "it belongs to partition=dirichlet"),
     ("client/lr=0.1", "did you mean 'client.lr'?"),
@@ -56,11 +71,11 @@ REFUSED: list[tuple[str, str]] = [
     ("~stratgey", "did you mean 'strategy'?"),
     ("=5", "unknown key ''"),
     # groups and options
-    ("strategy=fedporx", "strategy has no option 'fedporx' (did you mean 'fedprox'?); it has: fedadam, fedavg"),
+    ("strategy=fedporx", "strategy has no option 'fedporx' (did you mean 'fedprox'?); it has: fedadagrad, fedadam"),
     ("strategy=FedProx", "did you mean 'fedprox'?"),
     ("strateg=fedprox", "did you mean 'strategy'?"),
-    ("strategy=", "strategy has no option nothing; it has: fedadam"),
-    ("strategy=null", "strategy has no option null; it has: fedadam"),
+    ("strategy=", "strategy has no option nothing; it has: fedadagrad, fedadam"),
+    ("strategy=null", "strategy has no option null; it has: fedadagrad, fedadam"),
     ("strategy=[fedavg,fedprox]", "strategy takes one option, got [fedavg,fedprox]; for a sweep"),
     ("strategy=fedavg,fedprox", "gives several values: add -m for a sweep"),
     ("+strategy=fedprox", "write strategy=fedprox, without '+'"),
@@ -92,7 +107,7 @@ REFUSED: list[tuple[str, str]] = [
     ("list nothing", "fedsim list takes one group, got 'nothing'; groups: strategy"),
     ("list stratgy", "did you mean 'strategy'?"),
     ("list --cfg", "unknown option '--cfg'"),
-    ("compare", "fedsim compare needs run directories"),
+    ("compare", "fedsim compare needs a run directory, such as runs/fedavg-digits/"),
     ("compare nothing", "nothing does not exist"),
     ("compare .", "is not a run directory"),
     ("partition data=synthetic", "brings its own clients"),
@@ -350,7 +365,16 @@ def test_a_loss_that_becomes_nan_names_round_and_client_and_keeps_what_was_done(
     [
         ("FailsOnClient", "round 2, client 0 (seed 0): local training failed: KeyError: 'missing'"),
         ("FailsOnServer", "round 1: KeyError: \"no entry 'dleta' came up"),
-        ("NoState", "NoState.init must return a state whose `w` is the global model"),
+        ("NoState", "NoState.init must return a state whose `w` is the global model, got dict"),
+        (
+            "NotRounded",
+            "NotRounded.step returned w of (385,) and torch.float64, but the model is (385,) and torch.float32",
+        ),
+        ("Wide", "Wide.step returned w of (1, 385) and torch.float32"),
+        (
+            "Scalar",
+            "round 1, client 0 (seed 0): local training failed: entry 'one' must be a tensor with the client axis",
+        ),
     ],
 )
 def test_a_plugin_that_fails_is_named(fedsim: Fedsim, tmp_path: Path, target: str, says: str) -> None:
@@ -358,6 +382,11 @@ def test_a_plugin_that_fails_is_named(fedsim: Fedsim, tmp_path: Path, target: st
     assert outcome.status == 1 and says in outcome.line
     log = only_run(tmp_path) / "log.txt"
     assert f"the traceback is in {log.relative_to(tmp_path)}" in outcome.line and "Traceback" in log.read_text()
+
+
+def test_options_without_a_decorator_are_said(fedsim: Fedsim) -> None:
+    outcome = fedsim(*QUICK, "strategy._target_=tests.wrong.Undecorated")
+    assert outcome.status == 2 and "Undecorated.mu is no option: Undecorated needs its own @dataclass" in outcome.line
 
 
 def test_the_traceback_is_shown_on_request(

@@ -1,64 +1,62 @@
-"""Several runs in one table: groups, means, labels, refusals."""
+"""Several runs in one table: groups, means, labels, the best, targets, formats, refusals."""
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 import math
+import re
+import statistics
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fedsim.errors import ConfigError
-from fedsim.report.compare import Stat, compare
-from fedsim.report.text import human_bytes, human_seconds
+from fedsim.report.compare import Cell, Stat, Style, Table, compare, shown_as, target
+from fedsim.report.text import align, human_bytes, human_seconds, number, percent
+from tests.cli import QUICK, Fedsim
+from tests.run_dirs import AVG, DATA, PROX, make_run, rounds
 
-AVG = "strategy: {_target_: fedsim.strategies.fedavg.FedAvg, server_lr: 1.0}"
-PROX = "strategy: {_target_: fedsim.strategies.fedprox.FedProx, server_lr: 1.0, mu: %s}"
+
+def texts(table: Table) -> list[list[str]]:
+    return [[cell.text for cell in row] for row in table.cells()]
 
 
-def make_run(path: Path, seed: int, accuracy: float | None, config: str = AVG, **summary: Any) -> Path:
-    path.mkdir(parents=True)
-    (path / "config.yaml").write_text(f"seed: {seed}\nrounds: 5\nname: {path.name}\nrun_dir: {path}\n{config}\n")
-    content = {
-        "final": {"test_accuracy": accuracy, "test_loss": 0.5},
-        "best": {"by": "test_accuracy", "round": 4, "test_accuracy": 0.75, "test_loss": 0.5},
-        "rounds": 5,
-        "totals": {"bytes_down": 2048, "bytes_up": 1024, "wall_seconds": 2.0 * seed},
-        "status": "finished",
-        **summary,
-    }
-    (path / "summary.json").write_text(json.dumps(content))
-    return path
+def best(table: Table) -> set[tuple[str, str]]:
+    """Label and column of the cells in bold."""
+    header, *body = table.cells()
+    return {(row[0].text, header[i].text) for row in body for i, cell in enumerate(row) if cell.best}
 
 
 def test_seeds_are_one_row_with_mean_and_sample_deviation(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"r{s}", s, a) for s, a in ((3, 0.5), (1, 0.25), (2, 0.75))]
     (row,) = compare(runs).rows
     assert row.seeds == (1, 2, 3)
-    assert row.runs == (runs[1], runs[2], runs[0])
+    assert [run.path for run in row.group.runs] == [runs[1], runs[2], runs[0]]
     # mean (0.25 + 0.75 + 0.5) / 3 = 0.5; deviations -0.25, 0.25, 0; variance 0.125 / 2 = 0.0625; std 0.25
-    assert row.stats["final acc %"] == Stat(0.5, 0.25)
+    assert row.stats["final.test_accuracy"] == Stat(0.5, 0.25, 3)
     # wall 2, 4, 6: mean 4, variance (4 + 0 + 4) / 2 = 4, std 2
-    assert row.stats["wall"] == Stat(4.0, 2.0)
-    assert row.stats["down"] == Stat(2048.0, 0.0)
-    header, cells = compare(runs).cells()
+    assert row.stats["totals.wall_seconds"] == Stat(4.0, 2.0, 3)
+    assert row.stats["totals.bytes_down"] == Stat(2048.0, 0.0, 3)
+    header, cells = texts(compare(runs))
     assert header == ["run", "seeds", "final acc %", "best acc %", "final loss", "rounds", "down", "up", "wall"]
     assert cells == [
-        "strategy=FedAvg", "3", "50.00 ± 25.00", "75.00", "0.5", "5", "2.0 KiB", "1.0 KiB", "4.0 s ± 2.0 s"
+        "strategy=FedAvg", "3", "50.00 ± 25.00", "75.00", "0.5000", "5", "2.0 KiB", "1.0 KiB", "4.0 s ± 2.0 s"
     ]  # fmt: skip
 
 
 def test_a_single_run_has_no_deviation(tmp_path: Path) -> None:
     (row,) = compare([make_run(tmp_path / "a", 1, 0.5)]).rows
-    assert row.stats["final acc %"] == Stat(0.5, None)
+    assert row.stats["final.test_accuracy"] == Stat(0.5, None, 1)
     assert "±" not in compare([tmp_path / "a"]).text()
 
 
 def test_engine_tracker_and_places_do_not_make_another_experiment(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", 1, 0.5, AVG + "\nengine: {_target_: x.Inline, threads: 1}\ntracker: {console: {}}")
-    b = make_run(tmp_path / "b", 2, 0.5, AVG + "\nengine: {_target_: x.Ray, workers: 4}\nresume: null")
+    b = make_run(
+        tmp_path / "b", 2, 0.5, AVG + "\nengine: {_target_: x.Ray, workers: 4}\nresume: null\ncheckpoint: {keep: 5}"
+    )
     assert len(compare([a, b]).rows) == 1
 
 
@@ -106,23 +104,23 @@ def test_a_folder_stands_for_the_runs_in_it(tmp_path: Path) -> None:
 def test_a_number_that_became_nan_is_not_averaged_away(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / "a", 1, 0.5), make_run(tmp_path / "b", 2, None)]
     table = compare(runs)
-    assert math.isnan(table.rows[0].stats["final acc %"].mean)
-    assert table.cells()[1][2] == "nan"
+    assert math.isnan(table.rows[0].stats["final.test_accuracy"].mean)
+    assert texts(table)[1][2] == "nan"
 
 
 def test_columns_that_nobody_has_are_left_out(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 1, 0.5, final={"test_loss": 0.5}, best={"by": "test_loss", "round": 1})
-    assert [c for c in compare([run]).cells()[0] if "acc" in c] == []
+    assert [c for c in texts(compare([run]))[0] if "acc" in c] == []
 
 
 def test_terminal_and_plain_text_hold_the_same(tmp_path: Path) -> None:
     from rich.console import Console
 
-    table = compare([make_run(tmp_path / f"r{s}", s, 0.25 * s, AVG + "\ndata: '[x]'") for s in (1, 2)])
+    table = compare([make_run(tmp_path / f"r{s}", s, 0.25 * s, AVG + "\nparts: '[x]'") for s in (1, 2)])
     terminal, plain = io.StringIO(), io.StringIO()
     Console(file=terminal, width=200).print(table.rich())
-    table.show(plain)
-    for cell in (cell for cells in table.cells() for cell in cells):
+    table.show(stream=plain)
+    for cell in (cell for cells in texts(table) for cell in cells):
         assert cell in terminal.getvalue()
         assert cell in plain.getvalue()
 
@@ -166,8 +164,255 @@ def test_a_damaged_summary_is_said(tmp_path: Path, text: str) -> None:
         compare([run])
 
 
+# --- the best ---------------------------------------------------------------------------------------------
+
+
+def test_best_is_higher_accuracy_and_lower_loss(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", 1, final={"test_accuracy": 0.6, "test_loss": 0.9})
+    b = make_run(tmp_path / "b", 1, config=PROX % 1, final={"test_accuracy": 0.5, "test_loss": 0.4})
+    assert best(compare([a, b])) == {
+        ("strategy=FedAvg", "final acc %"),
+        ("strategy=FedProx", "final loss"),
+        # 75 % both, in make_run: a tie
+        ("strategy=FedAvg", "best acc %"),
+        ("strategy=FedProx", "best acc %"),
+    }
+
+
+def test_numbers_that_read_equal_are_a_tie_and_nan_is_never_best(tmp_path: Path) -> None:
+    shares = {"a": 0.80001, "b": 0.80004, "c": 0.7, "d": None}
+    runs = [make_run(tmp_path / n, 1, v, PROX % i, best={}) for i, (n, v) in enumerate(shares.items())]
+    found = {label for label, column in best(compare(runs)) if column == "final acc %"}
+    assert found == {"strategy.mu=0", "strategy.mu=1"}
+
+
+def test_best_is_sought_among_rows_with_the_same_partition(tmp_path: Path) -> None:
+    part = "\npartition: {_target_: x.Dirichlet, alpha: %s}"
+    runs = [
+        make_run(tmp_path / "a", 1, 0.5, AVG + part % 0.1),
+        make_run(tmp_path / "b", 1, 0.4, PROX % 1 + part % 0.1),
+        make_run(tmp_path / "c", 1, 0.9, AVG + part % 1.0),
+        make_run(tmp_path / "d", 1, 0.8, PROX % 1 + part % 1.0),
+        make_run(tmp_path / "e", 1, 0.99, AVG + part % 5.0),  # alone with its partition
+    ]
+    found = {label for label, column in best(compare(runs)) if column == "final acc %"}
+    assert found == {"strategy=FedAvg partition.alpha=0.1", "strategy=FedAvg partition.alpha=1"}
+
+
+def test_nothing_is_best_in_a_table_of_one_row_or_among_plain_costs(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"r{s}", s) for s in (1, 2)]
+    assert best(compare(runs)) == set()
+    other = make_run(tmp_path / "other", 1, config=PROX % 1, totals={"wall_seconds": 0.1, "bytes_down": 1})
+    assert {column for _, column in best(compare([*runs, other]))} <= {"final acc %", "best acc %", "final loss"}
+
+
+# --- targets ----------------------------------------------------------------------------------------------
+
+
+def test_rounds_and_bytes_until_the_first_evaluation_at_the_target(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", 1, records=rounds([0.1, None, 0.9, 0.2, 0.95]))
+    b = make_run(tmp_path / "b", 2, records=rounds([0.1, 0.2, 0.3, 0.4, 0.9]))
+    (row,) = compare([a, b], 0.9).rows
+    # Rounds 3 and 5 (mean 4, deviation sqrt 2); 1,500 bytes a round.
+    for key, unit in (("rounds_to", 1), ("bytes_to", 1500)):
+        assert row.stats[key].mean == 4 * unit and row.stats[key].count == 2
+        assert row.stats[key].std == pytest.approx(unit * math.sqrt(2))
+    header, cells = texts(compare([a, b], 0.9))
+    shown = dict(zip(header, cells, strict=True))
+    assert shown["rounds to 90 %"] == "4 ± 1.414" and shown["bytes to 90 %"] == "5.9 KiB ± 2.1 KiB"
+
+
+def test_seeds_that_never_reach_the_target_are_said(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / f"r{s}", s, records=rounds([0.1, a])) for s, a in ((1, 0.8), (2, 0.5), (3, 0.8))]
+    header, cells = texts(compare(runs, 0.75))
+    assert cells[header.index("rounds to 75 %")] == "2 (2 of 3)"
+    header, cells = texts(compare(runs, 0.9))
+    assert cells[header.index("bytes to 90 %")] == "-"
+
+
+def test_fewer_rounds_are_better_but_only_if_every_seed_reaches_the_target(tmp_path: Path) -> None:
+    lucky = [make_run(tmp_path / f"l{s}", s, records=rounds(r)) for s, r in ((1, [0.9]), (2, [0.1]))]
+    slow = [make_run(tmp_path / f"s{s}", s, config=PROX % 1, records=rounds([0.1, 0.9])) for s in (1, 2)]
+    never = [make_run(tmp_path / f"n{s}", s, config=PROX % 2, records=rounds([0.1])) for s in (1, 2)]
+    table = compare([*lucky, *slow, *never], 0.9)
+    assert {label for label, column in best(table) if "to 90 %" in column} == {"strategy=FedProx strategy.mu=1"}
+
+
+# --- formats ----------------------------------------------------------------------------------------------
+
+
+def test_markdown_is_a_table_whatever_a_label_holds(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", 1, 0.5, AVG + "\nnote: 'a|b *c* `d` \\\\ e'")
+    b = make_run(tmp_path / "b", 1, 0.25, AVG + "\nnote: 'two\n\n  lines'")
+    lines = compare([a, b]).markdown().splitlines()
+    assert len(lines) == 4 and lines[1].startswith("| :-- | --: |")
+    columns = [line.replace("\\\\", "").replace("\\|", "").count("|") for line in lines]
+    assert len(set(columns)) == 1
+    assert lines[2].startswith("| note=a\\|b \\*c\\* \\`d\\`") and "| **50.00** |" in lines[2]
+    assert lines[3].startswith("| note=two lines |") and "| 25.00 |" in lines[3]
+
+
+def test_csv_has_every_number_in_full(tmp_path: Path) -> None:
+    values = (1 / 3, 2 / 7)
+    runs = [
+        make_run(
+            tmp_path / f"r{s}", s, records=rounds([v]), final={"test_accuracy": v, "client_accuracy_worst10": v / 9}
+        )
+        for s, v in enumerate(values)
+    ]
+    other = make_run(tmp_path / "o", 5, 0.5, PROX % 1, records=rounds([0.1]))
+    first, second = csv.DictReader(io.StringIO(compare([*runs, other], 0.3).csv()))
+    assert (first["run"], first["seeds"], second["seeds"]) == ("strategy=FedAvg", "0 1", "5")
+    assert float(first["final_test_accuracy_mean"]) == statistics.fmean(values)
+    assert float(first["final_test_accuracy_std"]) == statistics.stdev(values)
+    assert float(first["final_client_accuracy_worst10_mean"]) == statistics.fmean(v / 9 for v in values)
+    assert second["final_client_accuracy_worst10_mean"] == second["final_test_accuracy_std"] == ""
+    assert (first["rounds_to_0.3_mean"], first["rounds_to_0.3_seeds"]) == ("1.0", "1")
+    assert (second["bytes_to_0.3_mean"], second["bytes_to_0.3_seeds"]) == ("", "0")
+
+
+def test_columns_about_clients_stand_where_there_is_room_for_them(tmp_path: Path) -> None:
+    keys = ("test_accuracy", "client_accuracy_mean", "client_accuracy_worst10", "personal_accuracy_mean")
+    run = make_run(tmp_path / "a", 1, final=dict.fromkeys(keys, 0.5))
+    table = compare([run])
+    names = {"personal acc %", "client acc %", "worst 10 % acc %"}
+    assert names <= {c.text for c in table.cells(math.inf)[0]} and table.left_out(math.inf) == []
+    assert names.isdisjoint(c.text for c in table.cells(0)[0]) and set(table.left_out(0)) == names
+
+    def wide(grid: list[list[Cell]]) -> int:
+        return max(map(len, align([[cell.text for cell in row] for row in grid]).splitlines()))
+
+    seen = set[int]()
+    for width in range(wide(table.cells(0)), 160):
+        grid = table.cells(width)
+        assert wide(grid) <= width
+        seen.add(len(names & {c.text for c in grid[0]}))
+    assert seen == {0, 1, 2, 3}
+    long = make_run(tmp_path / "b", 1, 0.5, AVG + f"\nnote: {'x' * 80}", final=dict.fromkeys(keys, 0.5))
+    out = io.StringIO()
+    compare([run, long]).show(stream=out)
+    assert out.getvalue().splitlines()[-1].startswith("no room for personal acc %, client acc %")
+
+
+def test_the_best_is_bold_on_a_terminal(tmp_path: Path) -> None:
+    from rich.console import Console
+
+    runs = [make_run(tmp_path / "a", 1, 0.5), make_run(tmp_path / "b", 1, 0.25, PROX % 1)]
+    out = io.StringIO()
+    Console(file=out, width=200, force_terminal=True, color_system="standard").print(compare(runs).rich(170))
+    bold = re.findall(r"\x1b\[1m *([\d.]+)", out.getvalue())
+    assert "50.00" in bold and "25.00" not in bold
+
+
 def test_units() -> None:
     assert [human_bytes(n) for n in (0, 1023, 1536, 1024**2 - 1, 5 * 1024**3)] == [
         "0 B", "1023 B", "1.5 KiB", "1.0 MiB", "5.0 GiB"
     ]  # fmt: skip
-    assert [human_seconds(s) for s in (0.04, 59.96, 75, 3725.4)] == ["0.0 s", "1:00", "1:15", "1:02:05"]
+    assert [human_seconds(s) for s in (0, 0.0449, 0.96, 59.96, 75, 3725.4)] == [
+        "0 s", "0.045 s", "1.0 s", "1:00", "1:15", "1:02:05"
+    ]  # fmt: skip
+    assert [percent(v) for v in (0.7831, 1, None, math.nan)] == ["78.31 %", "100.00 %", "nan", "nan"]
+    assert [number(v) for v in (0.5, 0, -12.3456, 1e-7, 12345, None)] == [
+        "0.5000", "0.0000", "-12.3456", "1.000e-07", "1.234e+04", "nan"
+    ]  # fmt: skip
+    assert human_bytes(math.nan) == human_seconds(math.nan) == "nan"
+
+
+# --- what a user gets wrong -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["90", "0", "-0.1", "1.01", "abc", "90%", "nan", "inf", "0,9"])
+def test_a_target_that_is_no_fraction_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"target must be an accuracy as a fraction in \(0, 1\], got"):
+        target(text)
+    assert target("1") == 1.0
+
+
+def test_a_target_in_per_cent_is_understood() -> None:
+    with pytest.raises(ConfigError, match=r"90 % is target=0\.9"):
+        target("90")
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(ConfigError, match="format must be one of text, markdown, csv, got 'pdf'"):
+        shown_as("pdf")
+    with pytest.raises(ConfigError, match="did you mean 'markdown'"):
+        shown_as("mardkown")
+
+
+@pytest.mark.parametrize(
+    "one, other, says",
+    [
+        ("data: {_target_: a.Digits}", "data: {_target_: a.Images, path: x}", r"data=Digits and data=Images"),
+        (
+            "data: {_target_: a.Images, path: x}",
+            "data: {_target_: a.Images, path: y}",
+            r"data\.path=x and data\.path=y",
+        ),
+        ("data: {_target_: a.I}", "data: {_target_: a.I, max_train: 5}", "data.max_train=null and data.max_train=5"),
+    ],
+)
+def test_runs_of_different_data_are_refused(tmp_path: Path, one: str, other: str, says: str) -> None:
+    runs = [make_run(tmp_path / n, 1, 0.5, f"{AVG}\n{data}") for n, data in (("a", one), ("b", other))]
+    with pytest.raises(ConfigError, match=f"a and .*/b are runs of different data \\({says}\\)"):
+        compare(runs)
+
+
+def test_place_augmentation_and_validation_do_not_make_other_data(tmp_path: Path) -> None:
+    a = make_run(tmp_path / "a", 1, 0.5, f"{AVG}\n{DATA}")
+    other = DATA.replace("null", "/there").replace("0.0", "0.1").replace("}", ", augment: [flip], size: null}")
+    assert len(compare([a, make_run(tmp_path / "b", 1, 0.5, f"{AVG}\n{other}")]).rows) == 2
+
+
+def test_a_target_of_runs_without_accuracy_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 1, records=[{"round": 1, "test_loss": 0.5}])
+    with pytest.raises(ConfigError, match=r"target=0\.9: .*/a has no test accuracy"):
+        compare([run], 0.9)
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ('{"round": 1}\n{"rou\n{"round": 3}\n', "metrics.jsonl:2: damaged line"),
+        ('{"round": 1, "test_accuracy": "high"}\n', "round 1: `test_accuracy` must be a number, got 'high'"),
+        (None, "metrics.jsonl does not exist"),
+    ],
+)
+def test_damaged_metrics_are_said(tmp_path: Path, text: str | None, says: str) -> None:
+    run = make_run(tmp_path / "a", 1)
+    if text is not None:
+        (run / "metrics.jsonl").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        compare([run], 0.9)
+    assert compare([run]).rows  # they are read for a target only
+
+
+@pytest.mark.parametrize(
+    "args, says",
+    [
+        (["target=90"], "90 % is target=0.9"),
+        (["target=abc"], "got 'abc'"),
+        (["target="], "target= needs a value"),
+        (["target=0.5", "target=0.6"], "target= is given twice"),
+        (["format=pdf"], "format must be one of text, markdown, csv"),
+        (["fromat=csv"], "did you mean 'format'"),
+        (["run"], "run is named twice"),
+        (["nowhere"], "nowhere does not exist"),
+        (["empty"], "empty is not a run directory"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_one_line(fedsim: Fedsim, tmp_path: Path, args: list[str], says: str) -> None:
+    make_run(tmp_path / "run", 1, records=rounds([0.5]))
+    (tmp_path / "empty").mkdir()
+    outcome = fedsim("compare", "run", *args)
+    assert outcome.status == 2 and says in outcome.line and outcome.out == ""
+
+
+@pytest.mark.parametrize("style", ["text", "markdown", "csv"])
+def test_runs_are_compared_on_the_command_line(fedsim: Fedsim, tmp_path: Path, style: Style) -> None:
+    assert fedsim("-m", *QUICK, "rounds=2", "seed=1,2", "tracker=[]").status == 0
+    outcome = fedsim("compare", "runs", "target=0.01", f"format={style}")
+    assert outcome.status == 0 and "FedAvg" in outcome.out
+    finals = [json.loads(p.read_text())["final"]["test_accuracy"] for p in tmp_path.rglob("summary.json")]
+    mean = statistics.fmean(finals)
+    assert (repr(mean) if style == "csv" else f"{100 * mean:.2f}") in outcome.out

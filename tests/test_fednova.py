@@ -48,7 +48,7 @@ def minimiser(p: Tensor, decay: float = 0.0) -> Tensor:
 
 @pytest.mark.parametrize("weights", ["examples", "uniform"])
 def test_fixed_points_of_fedavg_and_fednova_match_their_closed_forms(weights: str, tmp_path: Path) -> None:
-    # tau_i steps take client i from x to c_i + q_i (x - c_i), q_i = (1 - lr a_i)^tau_i: its update is (1 - q_i)(c_i - x).
+    # tau_i steps take client i from x to c_i + q_i (x - c_i), q_i = (1 - lr a_i)^tau_i: by (1 - q_i)(c_i - x).
     # FedAvg stands still where sum p_i (1 - q_i)(c_i - x) = 0, FedNova where sum p_i (1 - q_i) / tau_i (c_i - x) = 0.
     pulls = 1 - (1 - LR * A) ** TAU
     for strategy, pull in (("fedavg", pulls), ("fednova", pulls / TAU)):
@@ -65,9 +65,10 @@ def test_with_small_steps_fednova_minimises_the_objective_and_fedavg_another_one
 ) -> None:
     # (1 - q_i) / (lr tau_i) goes to a_i with lr: drift vanishes, and what is left of the bias is that of unequal steps.
     # FedAvg counts client i by p_i tau_i. A large server step makes up for the small local ones.
-    p, small = shares(weights), {"client__lr": 1e-6, "client__weight_decay": decay, "rounds": 80}
-    nova = run("fednova", tmp_path, strategy__weights=weights, strategy__server_lr=3e4, **small)
-    avg = run("fedavgm", tmp_path, strategy__weights=weights, strategy__server_lr=3e4, strategy__beta=0.0, **small)
+    p = shares(weights)
+    small: dict[str, Any] = {"client__lr": 1e-6, "client__weight_decay": decay, "rounds": 30}
+    nova = run("fednova", tmp_path, strategy__weights=weights, strategy__server_lr=8e4, **small)
+    avg = run("fedavgm", tmp_path, strategy__weights=weights, strategy__server_lr=8e4, strategy__beta=0.0, **small)
     torch.testing.assert_close(nova, minimiser(p, decay), rtol=0, atol=1e-4)
     torch.testing.assert_close(avg, minimiser(p * TAU / (p * TAU).sum(), decay), rtol=0, atol=1e-4)
     bias = avg - minimiser(p, decay)
@@ -76,7 +77,7 @@ def test_with_small_steps_fednova_minimises_the_objective_and_fedavg_another_one
 
 
 def test_momentum_of_unequal_lengths_leaves_no_bias_either(tmp_path: Path) -> None:
-    options = {"client__momentum": 0.9, "client__lr": 1e-6, "strategy__server_lr": 1e4, "rounds": 80}
+    options: dict[str, Any] = {"client__momentum": 0.9, "client__lr": 1e-6, "strategy__server_lr": 2e4, "rounds": 30}
     torch.testing.assert_close(run("fednova", tmp_path, **options), minimiser(shares("examples")), rtol=0, atol=1e-4)
 
 
@@ -134,7 +135,7 @@ def test_a_round_is_the_paper_s_update(solver: str, weights: str, tmp_path: Path
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("mu", [0.0, 1.5])
+@pytest.mark.parametrize("mu", [0.0, 0.8])
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_on_linear_clients_any_solver_gives_gradient_descent(nesterov: bool, mu: float, tmp_path: Path) -> None:
     # Gradients are constant but for 1e-9 w: every d_i is client i's gradient, and a round is one step along their mean

@@ -23,7 +23,7 @@ EPOCHS = 3
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Driver, "_draw", lambda self: None)
+    monkeypatch.setattr(Driver, "_draw", lambda *_: None)
 
 
 def values(**more: Any) -> dict[str, Any]:
@@ -35,18 +35,16 @@ def rows(run: Run) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def trained(exp: Experiment, run: Run, client: int, lr: float) -> nn.Module:
-    """The final global model after plain gradient descent on a client's own data."""
-    module, (x, y) = module_of(exp, run.w).train(), examples_of(exp, client)
+def descend(exp: Experiment, module: nn.Module, client: int, lr: float) -> nn.Module:
+    """Plain gradient descent on a client's own data, in the order of the stream of fine-tuning."""
+    x, y = examples_of(exp, client)
     order = batches(0, client, len(y), 64, stream="finetune")
+    optimizer = torch.optim.SGD(module.train().parameters(), lr=lr)
     for _ in range(EPOCHS * -(-len(y) // 64)):
         index = next(order)
-        module.zero_grad()
-        F.cross_entropy(module(x[index]), y[index]).backward()
-        with torch.no_grad():
-            for p in module.parameters():
-                assert p.grad is not None
-                p -= lr * p.grad
+        optimizer.zero_grad()
+        F.cross_entropy(module(x[index]), y[index]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
     return module.eval()
 
 
@@ -67,7 +65,7 @@ def test_fine_tuning_is_plain_training_from_the_global_model(tmp_path: Path, str
     for row in rows(run):
         client = int(row["client"])
         x, y = held_out(exp, client)
-        out = trained(exp, run, client, 0.05 * decay)(x).detach()
+        out = descend(exp, module_of(exp, run.w), client, 0.05 * decay)(x).detach()
         assert float(row["finetuned_loss"]) == pytest.approx(float(F.cross_entropy(out, y)), rel=1e-4)
         accuracies.append(float((out.argmax(1) == y).double().mean()))
         assert float(row["finetuned_accuracy"]) == pytest.approx(accuracies[-1])
@@ -106,6 +104,7 @@ def test_nothing_of_fine_tuning_is_kept(tmp_path: Path, kind: dict[str, Any]) ->
 def test_batch_norm_is_fine_tuned_with_its_statistics(tmp_path: Path) -> None:
     config = configure(values=values(**NORMED, **{"client.buffers": "mean"}))
     run, exp = drive(config, tmp_path), build(config)
+    assert run.driver.fed.buffers is not None
     buffers = exp.program.network.buffer_layout.views(run.driver.fed.buffers)
     for row in rows(run)[:2]:
         client = int(row["client"])
@@ -115,17 +114,7 @@ def test_batch_norm_is_fine_tuned_with_its_statistics(tmp_path: Path) -> None:
             for name, b in module.named_buffers():
                 if name in buffers:
                     b.copy_(buffers[name])
-        data, labels = examples_of(exp, client)
-        order = batches(0, client, len(labels), 64, stream="finetune")
-        for _ in range(EPOCHS * -(-len(labels) // 64)):
-            index = next(order)
-            module.zero_grad()
-            F.cross_entropy(module(data[index]), labels[index]).backward()
-            with torch.no_grad():
-                for p in module.parameters():
-                    assert p.grad is not None
-                    p -= 0.05 * p.grad
-        expected = float(F.cross_entropy(module.eval()(x).detach(), y))
+        expected = float(F.cross_entropy(descend(exp, module, client, 0.05)(x).detach(), y))
         assert float(row["finetuned_loss"]) == pytest.approx(expected, rel=1e-4)
 
 

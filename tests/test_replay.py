@@ -79,7 +79,7 @@ class Biased(FedAvg):
 
 @pytest.fixture
 def go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Result]:
-    monkeypatch.setattr("fedsim.run.Driver._draw", lambda self: None)  # a third of the time of a small run
+    monkeypatch.setattr("fedsim.run.Driver._draw", lambda *_: None)  # a third of the time of a small run
     return lambda *overrides: simulate([*SMALL, f"run_dir={tmp_path}", *overrides])
 
 

@@ -22,7 +22,7 @@ from fedsim.errors import ClientError
 from fedsim.evaluation import spread
 from fedsim.experiment import Experiment, build, simulate
 from fedsim.federation import Federation
-from fedsim.report import curves
+from fedsim.report import curves, html, partition
 from fedsim.run import Driver, Result
 from fedsim.rundir import read_metrics, read_summary
 
@@ -45,6 +45,8 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Pictures that were asked for; drawing them takes longer than a small run."""
     paths: list[Path] = []
     monkeypatch.setattr(curves, "plot_curves", lambda runs, path: paths.append(path))
+    monkeypatch.setattr(partition, "plot_bubbles", lambda part, labels, names, path, title: paths.append(path))
+    monkeypatch.setattr(html, "write_own_report", lambda path, summary: paths.append(path / "report.html"))
     return paths
 
 
@@ -346,7 +348,7 @@ def test_the_summary_says_what_happened(go: Callable[..., Result], drawn: list[P
     files = {"config.yaml", "metrics.jsonl", "clients.csv", "classes.csv", "visits.csv", "summary.json"}
     files |= {"partition.npz", "model.safetensors", "log.txt", ".lock", "checkpoints"}
     assert {p.name for p in result.run_dir.iterdir()} == files
-    assert drawn == [result.run_dir / "figures" / "curves.png"]
+    assert drawn == [result.run_dir / name for name in ("figures/curves.png", "figures/partition.png", "report.html")]
 
 
 def test_equal_runs_have_equal_hashes_and_other_runs_others(go: Callable[..., Result]) -> None:

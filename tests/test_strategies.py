@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor
 
 from fedsim import random
 from fedsim.errors import ConfigError
 from fedsim.experiment import build
 from fedsim.reduce import Reduced
+from fedsim.strategies.fedadagrad import FedAdagrad
 from fedsim.strategies.fedadam import AdamState, FedAdam
 from fedsim.strategies.fedavgm import FedAvgM, MomentumState
+from fedsim.strategies.fedyogi import FedYogi
 from fedsim.strategy import Info
 from fedsim.vector import Layout
 from tests.helpers import Run, batches, configure, drive, examples_of, flat, module_of, quadratics
@@ -248,6 +253,94 @@ def test_fedadam_server_by_hand() -> None:
         torch.testing.assert_close(state.w, torch.tensor(w, dtype=torch.float64), rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("beta1", [0.0, 0.7])
+def test_fedyogi_server_by_hand(beta1: float) -> None:
+    # v moves by (1 - beta2) delta^2: up where v < delta^2, down where v > delta^2, not at all where both are equal.
+    rule = FedYogi(server_lr=0.3, beta1=beta1, beta2=0.75, tau=0.5)
+    state: Any = rule.init(INFO, torch.tensor([1.0, -1.0], dtype=torch.float64))
+    m, v, w, moves = [0.0, 0.0], [0.25, 0.25], [1.0, -1.0], set()
+    for deltas in ([0.5, -2.0], [-0.25, 0.5], [0.125, -0.0625], [-1.0, 0.75]):
+        state = rule.step(state, reduced(torch.tensor(deltas, dtype=torch.float64)))
+        for i, d in enumerate(deltas):
+            sign = (v[i] > d * d) - (v[i] < d * d)
+            moves.add(sign)
+            m[i] = beta1 * m[i] + (1 - beta1) * d
+            v[i] = v[i] - 0.25 * d * d * sign
+            w[i] = w[i] + 0.3 * m[i] / (v[i] ** 0.5 + 0.5)
+        torch.testing.assert_close(state.v, torch.tensor(v, dtype=torch.float64), rtol=1e-15, atol=0)
+        torch.testing.assert_close(state.w, torch.tensor(w, dtype=torch.float64), rtol=1e-14, atol=1e-14)
+    assert moves == {-1, 0, 1}
+
+
+@pytest.mark.parametrize("beta1", [0.0, 0.7])
+def test_fedadagrad_server_by_hand(beta1: float) -> None:
+    # v only grows: v_t = tau^2 + sum of squares.
+    rule = FedAdagrad(server_lr=0.3, beta1=beta1, tau=0.05)
+    state: Any = rule.init(INFO, torch.tensor([1.0, -1.0], dtype=torch.float64))
+    m, w = [0.0, 0.0], [1.0, -1.0]
+    for t, delta in enumerate(DELTAS):
+        state = rule.step(state, reduced(delta))
+        for i, d in enumerate(delta.tolist()):
+            m[i] = beta1 * m[i] + (1 - beta1) * d
+            root = (0.0025 + sum(float(past[i]) ** 2 for past in DELTAS[: t + 1])) ** 0.5
+            w[i] = w[i] + 0.3 * m[i] / (root + 0.05)
+        torch.testing.assert_close(state.w, torch.tensor(w, dtype=torch.float64), rtol=1e-14, atol=1e-14)
+
+
+def test_second_moments_under_a_constant_small_update_have_their_closed_forms() -> None:
+    # From v_0 = tau^2 > d^2, T rounds: Adam forgets geometrically, Yogi steadily, Adagrad not at all.
+    d, tau, rounds = 0.01, 0.5, 40
+    expected = {
+        FedAdam(beta2=0.9, tau=tau): d**2 + 0.9**rounds * (tau**2 - d**2),
+        FedYogi(beta2=0.9, tau=tau): tau**2 - rounds * 0.1 * d**2,
+        FedAdagrad(tau=tau): tau**2 + rounds * d**2,
+    }
+    for rule, v in expected.items():
+        state: Any = rule.init(INFO, torch.zeros(2))
+        for _ in range(rounds):
+            state = rule.step(state, reduced(torch.tensor([d, -d], dtype=torch.float64)))
+        torch.testing.assert_close(state.v, torch.full((2,), v, dtype=torch.float64), rtol=1e-12, atol=0)
+
+
+def test_fedyogi_is_fedadam_where_v_is_twice_the_squared_update() -> None:
+    # v - (1 - beta2) (v - delta^2) = v - (1 - beta2) delta^2 there.
+    w, delta = torch.tensor([1.0, -1.0]).double(), torch.tensor([0.5, -2.0]).double()
+    state = AdamState(w, torch.tensor([0.25, 1.0]).double(), 2 * delta.square())
+    adam, yogi = (rule.step(state, reduced(delta)) for rule in (FedAdam(beta2=0.75), FedYogi(beta2=0.75)))
+    assert torch.equal(adam.v, yogi.v)
+    assert torch.equal(adam.w, yogi.w)
+
+
+def test_fedyogi_keeps_its_second_moment_positive() -> None:
+    g = torch.Generator().manual_seed(0)
+    state: Any = FedYogi(beta2=0.0, tau=0.1).init(INFO, torch.zeros(2))
+    for scale in (1.0, 1e-3, 0.3, 30.0, 0.1) * 40:
+        state = FedYogi(beta2=0.0, tau=0.1).step(state, reduced(scale * torch.randn(2, generator=g).double()))
+        assert bool((state.v > 0).all())
+
+
+@pytest.mark.parametrize(
+    ("strategy", "root", "own"),
+    [("fedadam", 0.0, {"strategy__beta2": 0.0}), ("fedyogi", 1.0, {}), ("fedadagrad", 1.0, {})],
+)
+def test_adaptive_methods_with_a_large_tau_are_fedavg(
+    strategy: str, root: float, own: dict[str, Any], tmp_path: Path
+) -> None:
+    # Squared updates vanish beside tau^2. FedYogi and FedAdagrad keep sqrt(v) = tau, FedAdam forgets it at once with
+    # beta2 = 0: every coordinate's rate is server_lr / (root tau + tau) = 1.
+    options = {
+        "strategy__tau": 1e9,
+        "strategy__server_lr": (root + 1) * 1e9,
+        "strategy__beta1": 0.0,
+        "rounds": 10,
+        **own,
+    }
+    found = run(strategy, tmp_path, **options).w
+    expected = run("fedavg", tmp_path, rounds=10).w
+    assert float((expected - torch.tensor(START)).abs().max()) > 1
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
+
+
 def test_server_rules_reach_the_run(tmp_path: Path) -> None:
     # Two rounds of one full-batch step: the deltas are -lr a (w - c), averaged; then the rules above.
     x = torch.tensor(START, dtype=torch.float64)
@@ -263,6 +356,69 @@ def test_server_rules_reach_the_run(tmp_path: Path) -> None:
         m, v = 0.9 * m + 0.1 * delta, 0.99 * v + 0.01 * delta.square()
         w = w + 0.01 * m / (v.sqrt() + 1e-3)
     torch.testing.assert_close(run("fedadam", tmp_path, **values).w, w, rtol=1e-13, atol=1e-13)
+    m, v, w = torch.zeros(3), torch.full((3,), 1e-6, dtype=torch.float64), x
+    for _ in range(2):
+        delta = -LR * (A * (w - C)).mean(0)
+        m, v = 0.9 * m + 0.1 * delta, v - 0.01 * delta.square() * (v - delta.square()).sign()
+        w = w + 0.01 * m / (v.sqrt() + 1e-3)
+    torch.testing.assert_close(run("fedyogi", tmp_path, **values).w, w, rtol=1e-13, atol=1e-13)
+    v, w = torch.full((3,), 1e-6, dtype=torch.float64), x
+    for _ in range(2):
+        delta = -LR * (A * (w - C)).mean(0)
+        v = v + delta.square()
+        w = w + 0.03 * delta / (v.sqrt() + 1e-3)
+    torch.testing.assert_close(run("fedadagrad", tmp_path, **values).w, w, rtol=1e-13, atol=1e-13)
+
+
+# --- FedSGD -----------------------------------------------------------------------------------------------
+
+BY_EPOCHS: dict[str, Any] = {"client.epochs": 3, "client.batch_size": 16}
+BY_STEPS: dict[str, Any] = {"client.epochs": None, "client.steps": 5}
+BY_WHOLE_BATCHES: dict[str, Any] = {"client.epochs": 2, "client.batch_size": 100, "client.drop_last": True}
+
+
+@pytest.mark.parametrize(
+    ("options", "unused"),
+    [
+        ({}, BY_EPOCHS),
+        ({"strategy.weights": "uniform"}, BY_STEPS),
+        ({"client.keep_optimizer": True, "client.lr_decay": 0.9}, BY_WHOLE_BATCHES),
+        ({"client.optimizer": "adam", "client.momentum": 0.0, "client.keep_optimizer": True}, BY_EPOCHS),
+        ({"client.weight_decay": 0.1, "client.clip_norm": 0.5}, BY_STEPS),
+    ],
+    ids=["plain", "uniform", "kept momentum", "adam", "decay and clipping"],
+)
+def test_fedsgd_is_fedavg_with_one_epoch_of_one_batch_bit_for_bit(
+    options: dict[str, Any], unused: dict[str, Any], tmp_path: Path
+) -> None:
+    one = {"client.epochs": 1, "client.steps": None, "client.batch_size": None}
+    fedsgd = drive(configure(("strategy=fedsgd",), {**options, **unused}), tmp_path)
+    fedavg = drive(configure(("strategy=fedavg",), {**options, **one}), tmp_path)
+    assert fedsgd.params_sha256 == fedavg.params_sha256
+    assert fedsgd.driver.progress.totals["steps"] == 3 * 3  # rounds, clients
+
+
+@pytest.mark.parametrize("weights", ["examples", "uniform"])
+def test_fedsgd_is_gradient_descent_on_the_weighted_objective(weights: str, tmp_path: Path) -> None:
+    # However many steps are configured, x' = x - lr sum p_i a_i (x - c_i), which stands still at the minimiser only.
+    sizes = [1, 5, 2, 7, 1, 3, 4, 2]
+    p = torch.tensor([[float(n) if weights == "examples" else 1.0] for n in sizes], dtype=torch.float64)
+    p, x = p / p.sum(), torch.tensor(START, dtype=torch.float64)
+    for _ in range(3):
+        x = x - 0.2 * (p * A * (x - C)).sum(0)
+    options = {"sizes": sizes, "client__lr": 0.2, "client__steps": 4, "strategy__weights": weights}
+    torch.testing.assert_close(run("fedsgd", tmp_path, rounds=3, **options).w, x, rtol=1e-13, atol=1e-13)
+    found = run("fedsgd", tmp_path, rounds=120, **options).w
+    torch.testing.assert_close(found, (p * A * C).sum(0) / (p * A).sum(0), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("given", ["client.epochs=5", "+client.steps=2", "client.batch_size=null"])
+def test_fedsgd_refuses_settings_without_effect(given: str) -> None:
+    config = configure(("strategy=fedsgd",))
+    build(config)  # defaults are nobody's wish
+    with pytest.raises(ConfigError, match=re.escape(f"{given} has no effect with strategy=FedSGD")):
+        build(config, [given])
+    build(configure(("strategy=fedavg",)), [given])
 
 
 # --- degenerate cases on digits ---------------------------------------------------------------------------
@@ -339,6 +495,16 @@ def test_fedavg_equals_a_plain_pytorch_federation(tmp_path: Path) -> None:
         ("fedavgm", "server_lr", 0.0, "> 0"),
         ("fedadam", "tau", 0.0, "> 0"),
         ("fedadam", "beta2", 1.5, r"in \[0, 1\)"),
+        ("fedadam", "beta1", -0.1, r"in \[0, 1\)"),
+        ("fedyogi", "tau", 0.0, "> 0"),
+        ("fedyogi", "beta2", 1.0, r"in \[0, 1\)"),
+        ("fedyogi", "beta1", 1.0, r"in \[0, 1\)"),
+        ("fedyogi", "server_lr", -1.0, "> 0"),
+        ("fedadagrad", "tau", -1e-3, "> 0"),
+        ("fedadagrad", "beta1", 1.0, r"in \[0, 1\)"),
+        ("fedadagrad", "server_lr", 0.0, "> 0"),
+        ("fedadagrad", "weights", "equal", "examples or uniform"),
+        ("fedsgd", "weights", 1, "text"),
         ("scaffold", "control", -1.0, ">= 0"),
         ("feddyn", "alpha", -1.0, ">= 0"),
         ("feddyn", "dual", "some", "all, active or off"),
@@ -347,3 +513,21 @@ def test_fedavg_equals_a_plain_pytorch_federation(tmp_path: Path) -> None:
 def test_impossible_options_are_refused(strategy: str, key: str, value: Any, needed: str) -> None:
     with pytest.raises(ConfigError, match=rf"strategy\.{key} must be {needed}"):
         build(configure((f"strategy={strategy}",), {f"strategy.{key}": value}))
+
+
+# --- the pages --------------------------------------------------------------------------------------------
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("strategy", sorted(p.stem for p in (ROOT / "conf" / "strategy").glob("*.yaml")))
+def test_a_method_s_page_agrees_with_its_module_and_config(strategy: str) -> None:
+    page = (ROOT / "docs" / "methods" / f"{strategy}.md").read_text(encoding="utf-8")
+    config = configure((f"strategy={strategy}",))["strategy"]
+    module = importlib.import_module(config["_target_"].rpartition(".")[0]).__doc__ or ""
+    table = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", page, re.MULTILINE)
+    assert {k: yaml.safe_load(v) for k, v in table} == {k: v for k, v in config.items() if k != "_target_"}
+    assert re.findall(r"arxiv.org/abs/[\d.]+\d", module)[0] in page
+    section = page.split("## Departures")[1].split("## ")[0]
+    assert len(re.findall(r"^\d\. ", section, re.MULTILINE)) == len(re.findall(r"^ {4}\d\. ", module, re.MULTILINE))
+    assert ("None known" in section) == ("Departures: none known" in module)

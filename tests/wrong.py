@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedsim.clients.local import Local
 from fedsim.federation import Federation
-from fedsim.reduce import Reduced
+from fedsim.reduce import Entry, Reduced, total
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategy import Info, State, Strategy
 
@@ -70,6 +70,36 @@ class NoState(FedAvg):
 
     def init(self, info: Info, w: Tensor) -> Any:
         return {"w": w}
+
+
+class Undecorated(FedAvg):
+    """Has an option, and no decorator that would make it one."""
+
+    mu: float = 0.1
+
+
+@dataclass(frozen=True)
+class NotRounded(FedAvg):
+    """Leaves the global model in float64."""
+
+    def step(self, state: State, reduced: Reduced) -> State:
+        return State(state.w + reduced["delta"])
+
+
+@dataclass(frozen=True)
+class Wide(FedAvg):
+    """Returns a model with a client axis."""
+
+    def step(self, state: State, reduced: Reduced) -> State:
+        return State((state.w + reduced["delta"]).to(state.w)[None])
+
+
+@dataclass(frozen=True)
+class Scalar(FedAvg):
+    """Sends a number without a client axis."""
+
+    def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
+        return {**super().finish(w, local), "one": total(torch.tensor(1.0))}
 
 
 @dataclass(frozen=True)

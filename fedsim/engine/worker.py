@@ -102,7 +102,7 @@ class Worker:
             if entry.kind == "concat":
                 out.rows.setdefault(name, []).append(map_tensors(_keep, entry.value[0]))
                 continue
-            if not isinstance(entry.value, Tensor) or len(entry.value) != 1:
+            if not isinstance(entry.value, Tensor) or not entry.value.dim() or len(entry.value) != 1:
                 raise ClientError(f"entry '{name}' must be a tensor with the client axis first, [1, ...]")
             if entry.kind == "stack":
                 # The sum is finite only if every number is: cheaper than isfinite, and nothing overflows float64.

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO, cast
 
 from fedsim.errors import ConfigError, did_you_mean
 from fedsim.report.runs import Group, Run, group, read_runs
-from fedsim.report.text import align, human_bytes, human_seconds
+from fedsim.report.text import align, human_bytes, human_seconds, number
 
 if TYPE_CHECKING:
     from rich.table import Table as RichTable
@@ -107,7 +107,7 @@ _COLUMNS = (
     _Column("final.finetuned_accuracy_mean", "fine-tuned acc %", _accuracy, 1, rank=2),
     _Column("final.client_accuracy_mean", "client acc %", _accuracy, 1, rank=3),
     _Column("final.client_accuracy_worst10", "worst 10 % acc %", _accuracy, 1, rank=4),
-    _Column("final.test_loss", "final loss", lambda v: f"{v:.4g}", -1),
+    _Column("final.test_loss", "final loss", number, -1),
     _Column("rounds", "rounds", _count),
     _Column("totals.bytes_down", "down", human_bytes),
     _Column("totals.bytes_up", "up", human_bytes),

@@ -167,6 +167,7 @@ def plot_sizes(sizes: Sequence[int]) -> str:
         sizes: Examples of every client, not all equal.
     """
     import numpy as np
+    from matplotlib.ticker import MaxNLocator
 
     low, high = max(min(sizes), 1), max(sizes)
     bins = min(30, high - low + 1)
@@ -179,7 +180,9 @@ def plot_sizes(sizes: Sequence[int]) -> str:
         axes.set_ylabel("clients", fontsize=9)
         if wide:
             axes.set_xscale("log")
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         return _source(figure)
 
 
@@ -332,19 +335,20 @@ def _round_ticks(axes: Axes, last: float) -> None:
 
 
 def _scale(axes: Axes, lines: Sequence[Line], quantity: Quantity) -> None:
-    values = [v for line in lines for v in line.y if math.isfinite(v)]
-    if not values:
+    means = [v for line in lines for v in line.y if math.isfinite(v)]
+    if not means:
         return
     if quantity == "loss":
         # A run that diverges would press every other curve onto the axis.
-        if min(values) > 0 and max(values) > 1000 * min(values):
+        if min(means) > 0 and max(means) > 1000 * min(means):
             axes.set_yscale("log")
         return
     from matplotlib.ticker import PercentFormatter
 
-    low, high = min(values), max(values)
+    bands = [(m, s) for line in lines if line.std for m, s in zip(line.y, line.std, strict=True) if math.isfinite(m)]
+    low, high = min(means + [m - s for m, s in bands]), max(means + [m + s for m, s in bands])
     margin = 0.05 * max(high - low, 0.5)
-    axes.set_ylim(max(low - margin, -0.02), min(high + margin, 1.02) if high <= 1 else high + margin)
+    axes.set_ylim(max(low - margin, -0.02), min(high + margin, 1.02))
     axes.yaxis.set_major_formatter(PercentFormatter(1.0))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedsim.errors import ConfigError, did_you_mean
 from fedsim.rundir import read_metrics, read_summary
@@ -25,6 +25,7 @@ MODES = {"": "global model", "personal_": "personal models", "finetuned_": "fine
 """What is scored on clients' own examples: prefix of the columns of ``clients.csv``, and its name."""
 
 _EVALUATION = ("test_", "validation_", "client_", "personal_", "finetuned_")  # prefixes of what evaluations say
+_COUNTED = ("train_loss", "bytes_", "clients", "failures", "virtual_seconds", "wall_seconds")
 _BEST_BY = ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss")  # as the driver chooses
 
 Leaves = dict[str, str]  # dotted key -> value as it is written in YAML
@@ -72,8 +73,25 @@ class Run:
 
     @cached_property
     def records(self) -> list[dict[str, Any]]:
-        """``metrics.jsonl``."""
-        return read_metrics(self.path / "metrics.jsonl")
+        """``metrics.jsonl``.
+
+        Raises:
+            ConfigError: The file is missing or damaged.
+        """
+        records = read_metrics(self.path / "metrics.jsonl")
+        for record in records:
+            for key, value in record.items():
+                if key.startswith((*_EVALUATION, *_COUNTED)) and not _is_number(value) and value is not None:
+                    raise ConfigError(
+                        f"{self.path}/metrics.jsonl is damaged: round {record['round']}: `{key}` must be a number, "
+                        f"got {value!r}; restore it from a copy"
+                    )
+        return records
+
+    @property
+    def quantity(self) -> Literal["accuracy", "loss"]:
+        """What it is judged by: accuracy, or the loss of a regression."""
+        return "accuracy" if any("test_accuracy" in r for r in self.records) else "loss"
 
     @cached_property
     def result(self) -> Mapping[str, Any]:
@@ -94,7 +112,7 @@ class Run:
             values = self.result.get(section, {}) if section else {"rounds": self.result.get("rounds")}
             for name, value in values.items() if isinstance(values, Mapping) else ():
                 key = f"{section}.{name}" if section else name
-                if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+                if value is None or _is_number(value):
                     found[key] = math.nan if value is None else float(value)
                 elif key in known:
                     raise ConfigError(f"{self.path}/summary.json is damaged: `{key}` must be a number, got {value!r}")
@@ -125,7 +143,7 @@ class Run:
         return [dict(zip(header, row, strict=True)) for row in body]
 
     def column(self, name: str, key: str) -> list[float]:
-        """The numbers in a column of a CSV file, without gaps and NaN; empty if there is no such column.
+        """The numbers in a column of a CSV file, NaN where there is none; empty if there is no such file.
 
         Raises:
             ConfigError: The file is damaged, or holds something else there.
@@ -140,7 +158,7 @@ class Run:
                     f"{self.path / name} is damaged (line {number}: `{key}` must be a number, got {text!r}); "
                     "restore it from a copy, or delete it to do without"
                 ) from exc
-        return [v for v in values if not math.isnan(v)]
+        return values
 
 
 @dataclass(frozen=True)
@@ -233,9 +251,10 @@ def _check_data(first: Run, other: Run) -> None:
     for key in sorted(keys, key=lambda k: (not k.endswith("_target_"), k)):
         a, b = (run.leaves.get(key, "null") for run in (first, other))
         if a != b:
+            differ = f"{_override(key, a)} and {_override(key, b)}"
             raise ConfigError(
-                f"{first.path} and {other.path} are runs of different data ({_short(key, a)} and {_short(key, b)}), "
-                "so their numbers do not compare; name runs of the same data"
+                f"{first.path} and {other.path} are runs of different data ({differ}), so their numbers do not "
+                "compare; name runs of the same data"
             )
 
 
@@ -313,6 +332,21 @@ def scalar(value: Any) -> str:
     return " ".join(str(value).split())
 
 
+def short(node: Any) -> str:
+    """Name of the class that a node of a config builds."""
+    return str(node["_target_"]).rpartition(".")[2] if isinstance(node, Mapping) and "_target_" in node else "?"
+
+
+def described(node: Any) -> str:
+    """What a node of a config builds, with its values; empty if it is no node."""
+    if not isinstance(node, Mapping):
+        return ""
+    values = ", ".join(f"{k}={scalar(v)}" for k, v in node.items() if k != "_target_" and v not in (None, [], {}))
+    if "_target_" not in node:
+        return values
+    return short(node) + (f" ({values})" if values else "")
+
+
 # --- labels -----------------------------------------------------------------------------------------------
 
 
@@ -323,7 +357,7 @@ def labels_of(configs: Sequence[Leaves]) -> list[str]:
     FedProx from FedAvg, ``strategy=FedProx`` does.
     """
     if len(configs) == 1:
-        return [_short("strategy._target_", configs[0].get("strategy._target_", "all"))]
+        return [_override("strategy._target_", configs[0].get("strategy._target_", "all"))]
     labels = []
     keys = sorted({key for config in configs for key in config}, key=lambda k: (not k.endswith("_target_"), k))
     for config in configs:
@@ -331,7 +365,7 @@ def labels_of(configs: Sequence[Leaves]) -> list[str]:
         for key in keys:
             peers = [c for c in configs if _targets(c, key) == _targets(config, key)]
             if key in config and len({peer.get(key) for peer in peers}) > 1:
-                parts.append(_short(key, config[key]))
+                parts.append(_override(key, config[key]))
         labels.append(" ".join(parts) or "(otherwise equal)")
     return labels
 
@@ -342,10 +376,14 @@ def _targets(config: Leaves, key: str) -> tuple[str | None, ...]:
     return tuple(config.get(".".join([*parts[:i], "_target_"])) for i in range(1, len(parts)))
 
 
-def _short(key: str, value: str) -> str:
+def _override(key: str, value: str) -> str:
     if key.endswith("._target_"):
         key, value = key.removesuffix("._target_"), value.rpartition(".")[2]
     return f"{key}={value}"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _below(key: str, owners: Sequence[str]) -> bool:

@@ -94,7 +94,7 @@ class Wandb:
             return
         self._run = self._init(run, mode)
         self._folder = run.run_dir / "wandb" / Path(self._run.dir).parent.name
-        self._first = self._run.step  # a W&B run that goes on begins after the last round that it has
+        self._first = self._run.starting_step  # a W&B run that goes on begins after the last round that it has
         # Axes for any metric; the round is the usual one.
         for axis in ("round", "virtual_seconds", "wall_seconds", "bytes_total"):
             self._run.define_metric(axis)
@@ -107,11 +107,15 @@ class Wandb:
 
     def _resolve_mode(self) -> tuple[Mode, str]:
         """What to do, and the reason."""
-        wanted = asked() if self._mode == "auto" else None
-        if wanted is not None:
-            return wanted, f"WANDB_MODE or W&B's settings say {wanted}"
+        wanted = asked()
         if self._mode == "offline":
             return "offline", "tracker.wandb.mode=offline"
+        if wanted in ("offline", "disabled") and self._mode == "online":
+            raise ConfigError(
+                f"tracker.wandb.mode=online, but WANDB_MODE or W&B's settings say {wanted}; unset that, or {OFFLINE}"
+            )
+        if wanted is not None and self._mode == "auto":
+            return wanted, f"WANDB_MODE or W&B's settings say {wanted}"
         if has_credentials():
             return "online", "there are credentials"
         if self._mode == "online":
@@ -278,7 +282,7 @@ def _table(path: Path) -> Any:
 
     with path.open(encoding="utf-8", newline="") as file:
         columns, *rows = csv.reader(file)
-    return wandb.Table(columns=columns, data=[[_number(cell) for cell in row] for row in rows])
+    return wandb.Table(columns=[*columns], data=[[_number(cell) for cell in row] for row in rows])
 
 
 @contextmanager
