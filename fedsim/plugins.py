@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import sys
@@ -40,14 +41,15 @@ def instantiate(node: Mapping[str, Any], key: str, facts: Mapping[str, Any] | No
     Raises:
         ConfigError: The target cannot be imported, refuses its arguments, or makes something of the wrong kind.
     """
-    from hydra.errors import InstantiationException
     from hydra.utils import instantiate as hydra_instantiate
 
     parameters = locate(node, key)
     extra = {name: fact for name, fact in (facts or {}).items() if name in parameters and name not in node}
     try:
-        made = hydra_instantiate(dict(node), **extra, _convert_="all")
-    except InstantiationException as exc:
+        make = hydra_instantiate({**node, "_partial_": True}, _convert_="all")
+        # Facts are given here: Hydra would build what a config among them describes.
+        made = functools.partial(make, **extra) if node.get("_partial_") else make(**extra)
+    except Exception as exc:
         cause: BaseException = exc
         while cause.__cause__ is not None and not isinstance(cause, FedsimError):
             cause = cause.__cause__

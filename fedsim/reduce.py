@@ -180,12 +180,12 @@ class Rows:
     """The rows of a ``stack`` entry, in client-id order; behaves like ``[m, ...]``.
 
     Args:
-        pieces: Row blocks in order.
+        pieces: Row blocks in order: tensors ``[k, ...]``, or what is indexed like one and gives copies.
         weights: Number of examples of each row's client, ``[m]``.
         layout: Of the parameter vector.
     """
 
-    def __init__(self, pieces: list[Tensor], weights: Tensor, layout: Layout) -> None:
+    def __init__(self, pieces: Sequence[Any], weights: Tensor, layout: Layout) -> None:
         self._pieces, self._weights, self._layout = pieces, weights, layout
 
     def __len__(self) -> int:
@@ -195,11 +195,21 @@ class Rows:
         """``rows[i]`` is a row, ``rows[:, s]`` a block of columns, ``rows[...]`` all of it."""
         if isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None):
             return torch.cat([p[:, index[1]] for p in self._pieces])
+        if isinstance(index, int):
+            return self._row(range(len(self))[index])
         return self.tensor()[index]
+
+    def _row(self, index: int) -> Tensor:
+        for piece in self._pieces:
+            if index < len(piece):
+                return piece[index]  # type: ignore[no-any-return]
+            index -= len(piece)
+        raise IndexError(index)
 
     def tensor(self) -> Tensor:
         """All rows in one place, ``[m, ...]``."""
-        return self._pieces[0] if len(self._pieces) == 1 else torch.cat(self._pieces)
+        parts = [p if isinstance(p, Tensor) else p[:] for p in self._pieces]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
     def columns(self) -> Iterator[tuple[str, slice, Tensor]]:
         """Name, slice and rows ``[m, s]`` of one model tensor after the other."""
@@ -209,7 +219,8 @@ class Rows:
     def combine(self, c: Tensor) -> Tensor:
         """``sum_l c_l row_l`` with ``c`` ``[m]``, summed in the order of the reduction tree."""
         tree = TreeSum(len(self))
-        for i, row in enumerate(row for p in self._pieces for row in p):
+        for i in range(len(self)):
+            row = self._row(i)
             tree.add((0, i), (c[i].double() * row.double(),))
         return tree.result()[0]
 
@@ -221,7 +232,8 @@ class Rows:
         """
         weight = self._weights if weight is None else weight
         tree = TreeSum(len(self))
-        for i, row in enumerate(row for p in self._pieces for row in p):
+        for i in range(len(self)):
+            row = self._row(i)
             tree.add((0, i), leaf(mean(row[None], weight[i].view(1, 1)), weight[i].view(1, 1)))
         return finish("mean", tree.result())
 

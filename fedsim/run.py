@@ -124,7 +124,7 @@ def execute(exp: Experiment, resume: Path | None = None, sweep: str | None = Non
 def _engine(exp: Experiment) -> Iterator[Engine]:
     node = {k: v for k, v in exp.config["engine"].items() if k not in ("device", "threads")}
     engine: Engine = instantiate(
-        node, "engine", {"threads": exp.config["engine"]["threads"], "program": exp.program, "config": exp.config}
+        node, "engine", {"threads": exp.config["engine"]["threads"], "program": exp.program, "run_config": exp.config}
     )
     try:
         yield engine

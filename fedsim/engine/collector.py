@@ -63,7 +63,8 @@ class Collector:
             if kind == "concat":
                 out[name] = _in_order(self._rows[name])
             elif kind == "stack":
-                out[name] = Rows([torch.stack(_in_order(self._rows[name]))], num_examples, self._layout)
+                pieces = [_together(self._rows[name][first]) for first in sorted(self._rows[name])]
+                out[name] = Rows(pieces, num_examples, self._layout)
             else:
                 value = self._trees[name].result()
                 if kind == "mean" and value[1].numel() == 1 and not bool(value[1]):
@@ -75,3 +76,8 @@ class Collector:
 def _in_order(pieces: dict[int, list[Any]]) -> list[Any]:
     """What belongs to each client, in id order."""
     return [item for first in sorted(pieces) for item in pieces[first]]
+
+
+def _together(rows: Any) -> Any:
+    """Rows of a piece, ``[k, ...]``: a list of tensors as one, anything else as it is."""
+    return torch.stack(rows) if isinstance(rows, list) else rows

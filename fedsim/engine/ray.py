@@ -1,0 +1,447 @@
+"""Client work on many processes and nodes, with the bits of `fedsim.engine.inline`.
+
+Long-lived workers (Ray actors) rebuild the program from the config; data are in shared memory once per node. A worker
+that dies is replaced, and its work is done again from the same seeds: results do not depend on it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+import sys
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.engine import session as sessions
+from fedsim.engine.base import EvalTask, Outcome, Task
+from fedsim.engine.probe import probe
+from fedsim.engine.wire import Message, pack, unpack
+from fedsim.errors import ConfigError, FedsimError, RunError, one_line
+from fedsim.experiment import Shared
+from fedsim.program import Program
+from fedsim.strategy import require
+
+log = logging.getLogger("fedsim")
+
+AHEAD = 2  # tasks that a worker has at a time: the next one travels while it works
+START_S = 120.0  # a worker that takes longer to start never will
+STOP_S = 0.2  # for workers to end by themselves
+
+
+def remote_class() -> Any:
+    """The class of a worker process, by value: it is there before fedsim can be imported, and makes it importable."""
+
+    class Host:
+        """One worker process."""
+
+        def setup(self, path: list[str], folder: str, message: Message, shared: Message, threads: int) -> str:
+            """Builds the program anew; returns the hash of a probe, and versions."""
+            import contextlib
+            import os
+            import sys
+
+            sys.path[:] = [*path, *(p for p in sys.path if p not in path)]
+            with contextlib.suppress(OSError):  # another node may not have it
+                os.chdir(folder)
+            from fedsim.engine.ray import Process
+
+            self.process = Process(message, shared, threads)
+            return self.process.probe
+
+        def run(self, message: Message, sent: Message) -> tuple[Message, Any]:
+            """Runs a task; returns its outcome, and rows apart, which may stay in shared memory."""
+            return self.process.run(message, sent)
+
+        def pid(self) -> int:
+            """Its process id."""
+            import os
+
+            return os.getpid()
+
+    return Host
+
+
+class Process:
+    """What a worker process holds.
+
+    Args:
+        message: The config, packed.
+        shared: `fedsim.experiment.Shared`, packed; in memory that all workers of the node share.
+        threads: Threads of torch.
+    """
+
+    def __init__(self, message: Message, shared: Message, threads: int) -> None:
+        from fedsim.engine.worker import Worker
+        from fedsim.experiment import rebuild
+
+        torch.set_num_threads(threads)
+        config: Config = unpack(message)
+        self._shared = shared  # tensors point into it
+        program = rebuild(config, unpack(shared, copy=False))
+        self._worker = Worker(program)
+        self.probe = probe(config["engine"]["device"])
+
+    def run(self, message: Message, sent: Message) -> tuple[Message, Any]:
+        """Runs a task."""
+        task: Task | EvalTask = replace(unpack(message), sent=unpack(sent))
+        outcome = self._worker.run(task)
+        if not isinstance(outcome, Outcome):
+            return pack(outcome), None
+        rows = {
+            name: torch.stack(outcome.rows.pop(name)).numpy()
+            for name, kind in outcome.kinds.items()
+            if kind == "stack" and outcome.rows.get(name) and outcome.rows[name][0].dtype != torch.bfloat16
+        }
+        return pack(outcome), rows or None
+
+
+@dataclass
+class _Job:
+    """A task on its way.
+
+    Attributes:
+        task: Without what is sent.
+        sent: The payload, as an object of Ray.
+        lost: How often a worker died over it.
+        refs: Its results to be.
+        began: When a worker began with it.
+        value: The outcome.
+        error: What went wrong.
+        done: Whether either is there.
+    """
+
+    task: Task | EvalTask
+    sent: Any
+    lost: int = 0
+    refs: Any = None
+    began: float = 0.0
+    value: Any = None
+    error: Exception | None = None
+    done: bool = False
+
+
+@dataclass
+class _Host:
+    """A worker process, seen from the driver.
+
+    Attributes:
+        actor: Its handle.
+        starting: The answer to `setup`, until it came.
+        since: When it was started.
+        jobs: Tickets of the tasks that it has, the current one first.
+    """
+
+    actor: Any
+    starting: Any = None
+    since: float = 0.0
+    jobs: deque[int] = field(default_factory=deque)
+
+
+class RayEngine:
+    """Workers on a Ray cluster.
+
+    Args:
+        program: What to run.
+        run_config: The resolved config, from which workers rebuild it.
+        threads: Threads of torch in each worker. Part of the experiment: another number gives other bits.
+        workers: Worker processes; None: as many as there are CPUs (or GPUs, with ``gpus_per_worker``) for.
+        cpus_per_worker: CPUs that each takes of what Ray counts, > 0.
+        gpus_per_worker: GPUs likewise, may be a fraction, >= 0.
+        address: ``local``: a private cluster on this machine, for this run; ``auto`` or ``host:port``: an existing
+            one, of which this machine must be a node.
+        max_retries: How often work is done again whose worker was lost, before the run ends, >= 0.
+        timeout_s: A worker that is silent for so long on one task is taken for lost; None: never.
+        dashboard: Whether a private cluster has Ray's dashboard, on 127.0.0.1.
+
+    Raises:
+        ConfigError: There is no such cluster, it has too little, or its workers cannot build the program.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        run_config: Config,
+        threads: int = 1,
+        workers: int | None = None,
+        cpus_per_worker: float = 1.0,
+        gpus_per_worker: float = 0.0,
+        address: str = "local",
+        max_retries: int = 3,
+        timeout_s: float | None = None,
+        dashboard: bool = False,
+    ) -> None:
+        whole = isinstance(workers, int) and not isinstance(workers, bool)
+        require(workers is None or (whole and workers > 0), "engine.workers", "a whole number > 0, or null", workers)
+        require(cpus_per_worker > 0, "engine.cpus_per_worker", "> 0", cpus_per_worker)
+        require(gpus_per_worker >= 0, "engine.gpus_per_worker", ">= 0", gpus_per_worker)
+        require(max_retries >= 0, "engine.max_retries", ">= 0", max_retries)
+        require(timeout_s is None or timeout_s > 0, "engine.timeout_s", "> 0, or null", timeout_s)
+        self.retries = 0
+        self._threads, self._max_retries, self._timeout_s = threads, max_retries, timeout_s
+        self._program, self._config = program, run_config
+        self._options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker}
+        self._before = torch.get_num_threads()
+        torch.set_num_threads(threads)  # the server's step too
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        gpus = torch.cuda.device_count()
+        if address == "local":
+            if gpus_per_worker > 0 and (workers or 1) * gpus_per_worker > gpus:
+                raise _too_few("GPU", (workers or 1) * gpus_per_worker, gpus)
+            by_gpu = int(gpus / gpus_per_worker) if gpus_per_worker else cores
+            workers = workers or max(1, min(by_gpu, int(cores / cpus_per_worker)))
+        need = (workers or 1) * cpus_per_worker
+        self._session = sessions.lease(address, need, gpus if gpus_per_worker else 0, dashboard)
+        self._jobs: dict[int, _Job] = {}
+        self._pending: deque[int] = deque()
+        self._hosts: list[_Host] = []
+        self._submitted = 0
+        try:
+            self._start(workers)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, workers: int | None) -> None:
+        import ray
+
+        there = self._session.resources()
+        fits = min(int(there.get(kind[4:].upper()[:3], 0) / n) for kind, n in self._options.items() if n)
+        for kind, n in self._options.items():
+            name = kind[4:].upper()[:3]
+            if n * (workers or 1) > there.get(name, 0) + 1e-9:
+                raise _too_few(name, n * (workers or 1), there.get(name, 0))
+        self.slots = workers or fits
+        self._probe = probe(self._config["engine"]["device"])
+        self._kind = ray.remote(remote_class())
+        self._setup = [
+            [p or os.getcwd() for p in sys.path],
+            os.getcwd(),
+            ray.put(pack(self._config)),
+            ray.put(pack(Shared.of(self._program))),
+            self._threads,
+        ]
+        for _ in range(self.slots):
+            self._add_host()
+        deadline = time.monotonic() + START_S
+        while all(h.starting is not None for h in self._hosts):
+            if time.monotonic() > deadline:
+                raise RunError(f"no worker started within {START_S:g} s; are the cluster's CPUs taken by others?")
+            self._pump(1.0)
+
+    # --- the contract ---------------------------------------------------------------------------------
+
+    def put(self, payload: dict[str, Any]) -> Any:
+        import ray
+
+        return ray.put(pack(payload))
+
+    def submit(self, task: Task | EvalTask) -> int:
+        self._submitted += 1
+        self._jobs[self._submitted] = _Job(replace(task, sent=None), task.sent)
+        self._pending.append(self._submitted)
+        self._assign()
+        return self._submitted
+
+    def wait(self, tickets: Sequence[int]) -> int:
+        while True:
+            for ticket in tickets:
+                if self._jobs[ticket].done:
+                    return ticket
+            self._pump(1.0)
+
+    def result(self, ticket: int) -> Any:
+        self.wait([ticket])
+        job = self._jobs.pop(ticket)
+        if job.error is not None:
+            raise job.error
+        return job.value
+
+    def close(self) -> None:
+        """Ends the workers, and a private cluster with them."""
+        torch.set_num_threads(self._before)
+        if "ray" in sys.modules:
+            import ray
+
+            for host in self._hosts:
+                if ray.is_initialized():
+                    ray.kill(host.actor)
+        self._hosts, self._jobs = [], {}
+        self._pending.clear()
+        sessions.release(self._session)
+
+    # --- workers --------------------------------------------------------------------------------------
+
+    def _add_host(self) -> None:
+        actor = self._kind.options(max_restarts=0, max_task_retries=0, **self._options).remote()
+        self._hosts.append(_Host(actor, actor.setup.remote(*self._setup), time.monotonic()))
+
+    def _lose(self, host: _Host, why: BaseException) -> None:
+        """Gives a dead worker's tasks to others, and starts another worker."""
+        import ray
+
+        self._hosts.remove(host)
+        ray.kill(host.actor)
+        self._add_host()
+        current = True
+        for ticket in reversed(host.jobs):
+            self._pending.appendleft(ticket)
+        for ticket in host.jobs:
+            job = self._jobs[ticket]
+            job.refs = None
+            if current:  # those behind it had not begun
+                job.lost += 1
+                self.retries += 1
+                log.warning("a worker was lost with %s (%s); its work is done again", _what(job.task), one_line(why))
+                if job.lost > self._max_retries:
+                    self._pending.remove(ticket)
+                    job.done = True
+                    job.error = RunError(
+                        f"{_what(job.task)}: the worker was lost {job.lost} times ({_reason(why)}); raise "
+                        "engine.max_retries, give it more memory, or look at it alone with engine=inline"
+                    )
+            current = False
+
+    def _assign(self) -> None:
+        """Gives tasks to workers that have answered, the least busy first."""
+        while self._pending:
+            ready = [h for h in self._hosts if h.starting is None and len(h.jobs) < AHEAD]
+            if not ready:
+                return
+            host = min(ready, key=lambda h: len(h.jobs))
+            ticket = self._pending.popleft()
+            job = self._jobs[ticket]
+            job.refs = host.actor.run.options(num_returns=2).remote(pack(job.task), job.sent)
+            job.began = time.monotonic()
+            host.jobs.append(ticket)
+
+    def _pump(self, timeout_s: float) -> None:
+        """Waits until something happened, at most so long, and deals with it."""
+        import ray
+
+        self._assign()
+        of: dict[Any, _Host] = {}
+        for host in self._hosts:
+            if host.starting is not None:
+                of[host.starting] = host
+            elif host.jobs:
+                of[self._jobs[host.jobs[0]].refs[0]] = host
+        if not of:
+            raise RunError("the engine waits for a task that nobody has")
+        ready, _ = ray.wait(list(of), num_returns=1, timeout=timeout_s)
+        for ref in ready:
+            self._take(of[ref], ref)
+        if self._timeout_s is not None and not ready:
+            now = time.monotonic()
+            for host in [h for h in self._hosts if h.jobs]:
+                if now - self._jobs[host.jobs[0]].began > self._timeout_s:
+                    self._lose(host, TimeoutError(f"silent for {self._timeout_s:g} s, engine.timeout_s"))
+        self._assign()
+
+    def _take(self, host: _Host, ref: Any) -> None:
+        """A worker has started, or finished its current task, or died."""
+        import ray
+        from ray.exceptions import RayError, RayTaskError
+
+        job = None if host.starting is not None else self._jobs[host.jobs[0]]
+        try:
+            answer = ray.get(ref)
+            if job is None:
+                self._welcome(host, answer)
+            else:
+                job.value = self._outcome(answer, ray.get(job.refs[1]))
+        except RayTaskError as exc:
+            error = (
+                exc.cause if isinstance(exc.cause, FedsimError) else RunError(f"a worker failed: {one_line(exc.cause)}")
+            )
+            if job is None:
+                raise error from exc
+            job.error = error
+        except RayError as exc:
+            if job is None:
+                self._restart(host, exc)
+            else:
+                self._lose(host, exc)
+            return
+        if job is not None:
+            job.done, job.refs = True, None
+            host.jobs.popleft()
+            if host.jobs:
+                self._jobs[host.jobs[0]].began = time.monotonic()
+
+    def _welcome(self, host: _Host, found: str) -> None:
+        if found != self._probe:
+            raise ConfigError(
+                "a worker computes other bits than the driver: the nodes have different processors, versions of torch, "
+                "or settings of its libraries; use nodes of one kind"
+            )
+        host.starting = None
+
+    def _restart(self, host: _Host, why: BaseException) -> None:
+        """Another worker for one that died while it started."""
+        self.retries += 1
+        if self.retries > 20 + self._max_retries * self.slots:
+            raise RunError(f"workers die while they start ({_reason(why)})") from why
+        log.warning("a worker was lost while it started (%s)", one_line(why))
+        self._hosts.remove(host)
+        self._add_host()
+
+    def _outcome(self, message: Message, rows: dict[str, Any] | None) -> Any:
+        value = unpack(message, self._program.device if self._program.device.type != "cpu" else None)
+        if rows is not None:
+            for name, array in rows.items():
+                value.rows[name] = Stored(array, self._program.device)
+        return value
+
+
+class Stored:
+    """Rows of a piece, read where they are: in shared memory.
+
+    Args:
+        array: ``[k, ...]``, read-only.
+        device: Where tensors shall be.
+    """
+
+    def __init__(self, array: Any, device: torch.device) -> None:
+        self._array, self._device = array, device
+
+    def __len__(self) -> int:
+        return len(self._array)
+
+    def __getitem__(self, index: Any) -> Tensor:
+        """A copy of a part, in torch's own memory."""
+        part = self._array[index]
+        out = torch.empty(part.shape, dtype=getattr(torch, str(part.dtype)))
+        out.numpy()[...] = part
+        return out.to(self._device)
+
+
+def _what(task: Task | EvalTask) -> str:
+    kind = "training" if isinstance(task, Task) else "evaluation"
+    who = f", clients {task.clients[0]} to {task.clients[-1]}" if task.clients else ""
+    return f"round {task.round_num}, {kind}{who}"
+
+
+def _reason(why: BaseException) -> str:
+    return one_line(why)[:200]
+
+
+def _too_few(kind: str, needed: float, there: float) -> ConfigError:
+    return ConfigError(
+        f"engine.workers and engine.{kind.lower()}s_per_worker need {needed:g} {kind}s, but there are {there:g}; lower "
+        "one of them, or join a larger cluster with engine.address"
+    )
+
+
+def versions() -> dict[str, str]:
+    """What must be equal on all nodes."""
+    import ray
+
+    return {"ray": ray.__version__, "python": platform.python_version(), "torch": torch.__version__}
