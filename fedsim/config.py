@@ -38,6 +38,8 @@ LISTS = ("recipe", "tracker")
 #: Keys that do not change results.
 NEUTRAL = ("engine", "tracker", "run_dir", "resume", "name", "checkpoint", "rounds", "hydra")
 #: Keys that may be given anew when a run is resumed.
+#: Keys of the group ``engine`` that are not the engine's own arguments.
+ENGINE = ("device", "threads", "on_failure", "max_retries", "memory_budget")
 RESUMABLE = ("engine", "tracker", "checkpoint", "rounds", "data.root")
 CONF = Path(__file__).parent / "conf"
 
@@ -152,6 +154,27 @@ def _device(key: str, value: Any) -> None:
         raise _refuse(key, "cpu, cuda, cuda:<number> or auto", value)
 
 
+def num_bytes(value: int | str | None) -> int | None:
+    """A number of bytes, or text such as ``4GiB`` (units of 1024), as a number.
+
+    Raises:
+        ValueError: It is neither.
+    """
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])i?B", str(value))
+    if not found:
+        raise ValueError(value)
+    return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
+
+
+def _size(key: str, value: Any) -> None:
+    try:
+        num_bytes(value)
+    except ValueError:
+        raise _refuse(key, "a size such as 512MiB or 4GiB, a number of bytes > 0, or null", value) from None
+
+
 # Every key that the platform reads itself. A group with a `_target_` may have further keys, its owner's.
 SCHEMA: dict[str, Check] = {
     "seed": _integer(0),
@@ -189,6 +212,9 @@ SCHEMA: dict[str, Check] = {
     "engine": _target,
     "engine.device": _device,
     "engine.threads": _integer(1),
+    "engine.on_failure": _choice("abort", "retry", "skip"),
+    "engine.max_retries": _integer(0),
+    "engine.memory_budget": _size,
     "eval.every": _integer(1),
     "eval.clients": _eval_clients,
     "eval.finetune_epochs": _integer(0),

@@ -48,8 +48,8 @@ def estimate(exp: Experiment) -> dict[str, Any]:
     finally:
         engine.close()
     assert not isinstance(outcome, list)
-    up = outcome.bytes_up[0]
-    kept = sum(t.numel() * t.element_size() for t in tensors_in(outcome.memory[0]))
+    up = outcome.done[0].bytes_up
+    kept = sum(t.numel() * t.element_size() for t in tensors_in(outcome.done[0].memory))
     size = program.layout.d * program.layout.dtype.itemsize
     return {
         "cohort": len(cohort),

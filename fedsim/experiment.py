@@ -97,7 +97,7 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     conf.check(config)
     config = {**config, "engine": {**config["engine"], "device": _device(config["engine"]["device"])}}
     seed, dtype = config["seed"], getattr(torch, config["precision"])
-    locate({k: v for k, v in config["engine"].items() if k not in ("device", "threads")}, "engine")
+    locate({k: v for k, v in config["engine"].items() if k not in conf.ENGINE}, "engine")
     strategy = instantiate(config["strategy"], "strategy")
     if type(strategy).step is Strategy.step and type(strategy).round is Strategy.round:
         raise ConfigError(

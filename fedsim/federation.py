@@ -5,6 +5,7 @@ A strategy sees clients and reduced entries; pieces, workers, memory rows and by
 
 from __future__ import annotations
 
+import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -21,9 +22,9 @@ from fedsim.clients.systems import System
 from fedsim.clients.visit import ClientOptions
 from fedsim.clock import Clock
 from fedsim.data import IntArray
-from fedsim.engine.base import Engine, EvalTask, Outcome, Score, Task
+from fedsim.engine.base import Done, Engine, EvalTask, Outcome, Score, Task
 from fedsim.engine.collector import Collector
-from fedsim.errors import RunError
+from fedsim.errors import ClientError, RunError
 from fedsim.evaluation import merge, metrics
 from fedsim.memory import Memory
 from fedsim.program import Program
@@ -31,6 +32,8 @@ from fedsim.reduce import Reduced, Sized, lane, nbytes
 from fedsim.strategy import SERVER, ClientHalf
 from fedsim.vector import Layout
 from fedsim.visits import Record
+
+log = logging.getLogger("fedsim")
 
 Charge = tuple[str, int, int | None]  # name, bytes, digest of the content of a `once` payload
 PIECE = 32  # clients in one task, at most
@@ -45,7 +48,8 @@ class Round:
         bytes_down: Bytes sent to clients.
         bytes_up: Bytes sent by clients.
         clients: Visits.
-        failures: Visits that failed and were not repeated with success.
+        failures: Visits that failed; the round went on without them.
+        retries: Visits that were made again because they had failed.
         steps: Local steps.
         examples: Examples processed, repeats counted.
         loss: Sum of training losses, phase ``train`` only.
@@ -58,6 +62,7 @@ class Round:
     bytes_up: int = 0
     clients: int = 0
     failures: int = 0
+    retries: int = 0
     steps: int = 0
     examples: int = 0
     loss: float = 0.0
@@ -250,7 +255,7 @@ class Federation:
         handle = self.engine.put(sent)
         collector = Collector(program, len(cohort))
         waiting: dict[Any, Piece] = {}
-        done: list[tuple[Piece, Outcome]] = []
+        finished: list[tuple[Piece, list[Done], int]] = []
 
         def take() -> None:
             ticket = self.engine.wait(list(waiting))
@@ -258,8 +263,10 @@ class Federation:
             piece = waiting.pop(ticket)
             self._keep(piece, outcome)
             collector.add(outcome, piece.task.first_leaf)
-            outcome.nodes, outcome.rows, outcome.memory = {}, {}, []  # a cohort may be large
-            done.append((replace(piece, old=[], marks=[], task=replace(piece.task, memory=(), unicast={})), outcome))
+            for made in outcome.done:  # a cohort may be large
+                made.memory = {}
+            slim = replace(piece, old=[], marks=[], task=replace(piece.task, memory=(), unicast={}))
+            finished.append((slim, outcome.done, outcome.retries))
 
         planned = [self._planned(client, steps, epochs, program) for client in cohort]
         for first, end in cut(planned, self.engine.slots):
@@ -284,8 +291,12 @@ class Federation:
                 take()
         while waiting:
             take()
-        done.sort(key=lambda d: d[0].task.first_leaf)  # sums must not depend on who was first
-        self._clock.advance(max((self._adopt(piece, outcome) for piece, outcome in done), default=0))
+        finished.sort(key=lambda f: f[0].task.first_leaf)  # sums must not depend on who was first
+        self._clock.advance(max(self._adopt(*f) for f in finished))
+        failed = {c for piece, done, _ in finished for c, d in zip(piece.task.clients, done, strict=True) if d.error}
+        if len(failed) == len(cohort):
+            raise ClientError(f"round {self.round_num}: all clients failed; {finished[0][1][0].error}")
+        cohort = tuple(c for c in cohort if c not in failed)
         return self._reduced(collector, cohort, program, adopt=phase == "train" and program is self.program)
 
     def dispatch(self, client: int, state: Any, steps: int | None = None, *, train: bool = True) -> int:
@@ -348,8 +359,12 @@ class Federation:
             return Event("arrival", event.time, client)
         piece, ticket = self._tickets.pop(client)
         outcome = self.engine.result(ticket)
+        if (error := outcome.done[0].error) is not None:
+            raise ClientError(f"{error} (an event-driven strategy cannot go on without it)").of(
+                flight.round_num, client, "train"
+            )
         self._keep(piece, outcome)
-        self._adopt(piece, outcome)
+        self._adopt(piece, outcome.done, outcome.retries)
         collector = Collector(self.program, 1)
         collector.add(outcome, 0)
         return Event("arrival", event.time, client, update=self._reduced(collector, (client,), self.program, False))
@@ -550,52 +565,56 @@ class Federation:
         return program.strategy.planned_steps(program.options, n)
 
     def _keep(self, piece: Piece, outcome: Outcome) -> None:
-        """Takes what the clients of a finished piece remember."""
-        new = zip(piece.old, piece.marks, outcome.memory, strict=True)
-        self.memory.put(piece.task.clients, [{**old, **marks, **rows} for old, marks, rows in new])
-
-    def _adopt(self, piece: Piece, outcome: Outcome) -> int:
-        """Books a finished piece: bytes, losses. Returns how long its slowest client took, in nanoseconds."""
-        task, done = piece.task, self._round
-        done.bytes_down += 0 if piece.charged else sum(piece.down)
-        done.bytes_up += sum(outcome.bytes_up)
-        done.clients += sum(c != SERVER for c in task.clients)
-        done.who.update(c for c in task.clients if c != SERVER)
-        done.steps += sum(outcome.steps)
-        done.examples += sum(outcome.examples)
-        done.visits += self._records(piece, outcome)
-        if task.phase == "train":
-            # Client by client: the sum must not depend on how the cohort was cut.
-            for scored, loss in zip(outcome.scored, outcome.losses, strict=True):
-                done.trained += scored
-                done.loss += loss
-        visits = zip(task.clients, outcome.steps, piece.down, outcome.bytes_up, strict=True)
-        times = (
-            self.system.duration_ns(client, self.round_num, steps, down, up, self.seed)
-            for client, steps, down, up in visits
-            if client != SERVER
-        )
-        return max(times, default=0)
-
-    def _records(self, piece: Piece, outcome: Outcome) -> list[Record]:
-        task, out = piece.task, outcome
-        return [
-            Record(
-                task.round_num,
-                client,
-                task.phase,
-                str(task.visits[i]),
-                out.steps[i],
-                out.examples[i],
-                out.losses[i] / out.scored[i] if out.scored[i] else math.nan,
-                piece.down[i],
-                out.bytes_up[i],
-                out.entries[i],
-                out.kept[i],
-                self.round_num,
-            )
-            for i, client in enumerate(task.clients)
+        """Takes what the clients of a finished piece remember; one that failed keeps what it had."""
+        new = [
+            (client, {**old, **marks, **done.memory})
+            for client, old, marks, done in zip(piece.task.clients, piece.old, piece.marks, outcome.done, strict=True)
+            if done.error is None
         ]
+        self.memory.put([client for client, _ in new], [row for _, row in new])
+
+    def _adopt(self, piece: Piece, made: list[Done], retries: int) -> int:
+        """Books a finished piece: bytes, losses. Returns how long its slowest client took, in nanoseconds."""
+        task, booked, slowest = piece.task, self._round, 0
+        booked.retries += retries
+        booked.bytes_down += 0 if piece.charged else sum(piece.down)
+        for i, (client, done) in enumerate(zip(task.clients, made, strict=True)):
+            if done.error is not None:
+                log.warning("left out: %s", done.error)
+                booked.failures += 1
+                continue
+            booked.visits.append(self._record(piece, i, done))
+            booked.bytes_up += done.bytes_up
+            booked.steps += done.steps
+            booked.examples += done.examples
+            if task.phase == "train":
+                booked.trained += done.scored
+                booked.loss += done.loss
+            if client != SERVER:
+                booked.clients += 1
+                booked.who.add(client)
+                took = self.system.duration_ns(
+                    client, self.round_num, done.steps, piece.down[i], done.bytes_up, self.seed
+                )
+                slowest = max(slowest, took)
+        return slowest
+
+    def _record(self, piece: Piece, i: int, done: Done) -> Record:
+        task = piece.task
+        return Record(
+            task.round_num,
+            task.clients[i],
+            task.phase,
+            str(task.visits[i]),
+            done.steps,
+            done.examples,
+            done.loss / done.scored if done.scored else math.nan,
+            piece.down[i],
+            done.bytes_up,
+            done.entries,
+            done.kept,
+            self.round_num,
+        )
 
     def _reduced(self, collector: Collector, cohort: tuple[int, ...], program: Program, adopt: bool) -> Reduced:
         """The reduced entries; ``adopt``: the mean of the clients' buffers becomes the federation's."""

@@ -63,15 +63,17 @@ class Memory:
     Args:
         folder: Where segments are written.
         on_disk: Rows stay on disk between visits (up to 64 MiB wait to be written), instead of in RAM.
+        budget: Bytes of rows in RAM, beyond which they go to disk; None: no limit.
     """
 
-    def __init__(self, folder: Path, on_disk: bool = False) -> None:
+    def __init__(self, folder: Path, on_disk: bool = False, budget: int | None = None) -> None:
         self._folder, self._on_disk = folder, on_disk
+        self._budget = SEGMENT_BYTES if on_disk else budget
+        self._held = 0  # bytes of the rows in RAM
         self._schemas: list[Schema] = []
         self._numbers: dict[Schema, int] = {}
         self._rows: dict[int, Packed] = {}  # those in RAM
         self._dirty: set[int] = set()  # of these, those that changed since they were written
-        self._waiting = 0  # bytes of the dirty rows
         self._where: dict[int, int] = {}  # client -> number of the segment with its newest row on disk
         self._segments: dict[int, Segment] = {}  # those in use, oldest first
         self._retired: set[str] = set()  # no longer in use, but perhaps by a checkpoint
@@ -89,7 +91,11 @@ class Memory:
         clients = list(clients)
         packed = self._find(clients)
         if not self._on_disk:
-            self._rows.update(packed)
+            for client, row in packed.items():
+                if client not in self._rows:
+                    self._rows[client] = row
+                    self._held += len(row[1])
+            self._trim()
         return [self._unpack(packed[c]) if c in packed else {} for c in clients]
 
     def put(self, clients: Iterable[int], rows: Iterable[Row]) -> None:
@@ -100,14 +106,20 @@ class Memory:
                 continue
             packed = self._pack(row)
             if self._rows.get(client) != packed:
-                if client in self._dirty:
-                    self._waiting -= len(self._rows[client][1])
+                if client in self._rows:
+                    self._held -= len(self._rows[client][1])
                 self._where.setdefault(client, UNWRITTEN)
                 self._rows[client] = packed
                 self._dirty.add(client)
-                self._waiting += len(packed[1])
-        if self._on_disk and self._waiting >= SEGMENT_BYTES:
+                self._held += len(packed[1])
+        self._trim()
+
+    def _trim(self) -> None:
+        """Gives up what is in RAM, when it is too much: written rows are read again when they are needed."""
+        if self._budget is not None and self._held >= self._budget:
             self._write_dirty()
+            self._rows.clear()
+            self._held = 0
 
     def sha256(self) -> str:
         """Hash of every client's row, in id order; independent of where rows are kept."""
@@ -229,9 +241,9 @@ class Memory:
         changed = ((client, self._rows[client]) for client in sorted(self._dirty))
         self._write(itertools.chain(changed, (row for number in moving for row in self._read(number).items())))
         self._dirty.clear()
-        self._waiting = 0
         if self._on_disk:
             self._rows.clear()
+            self._held = 0
 
     def _to_move(self) -> list[int]:
         """Segments to be written anew: those that are mostly outdated, or small and many."""
@@ -266,7 +278,7 @@ class Memory:
         Raises:
             RunError: A segment is missing or damaged; names the file.
         """
-        self._rows, self._dirty, self._waiting = {}, set(), 0
+        self._rows, self._dirty, self._held = {}, set(), 0
         self._where, self._segments = {}, {}
         for name in names:
             path, number = self._folder / name, int(name.partition("-")[0])

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from fedsim.vector import Layout
 
+ABSENT: tuple[Tensor, ...] = ()
+"""The value of a leaf whose client failed."""
 Node = tuple[int, int]  # level, index: covers the leaves [index << level, (index + 1) << level)
 
 
@@ -134,7 +136,7 @@ class TreeSum:
     """A sum over a fixed binary tree, fed in any order.
 
     Leaves are numbered ``0..num_leaves-1``. Two siblings are added as soon as both are there; where
-    the right sibling does not exist, the left one passes through. At most ``log2`` of them wait when
+    a sibling does not exist, or is `ABSENT`, the other one passes through. At most ``log2`` of them wait when
     leaves come in order.
 
     Args:
@@ -158,12 +160,13 @@ class TreeSum:
                 pass  # no right sibling
             elif (sibling := self.nodes.pop((level, index ^ 1), None)) is not None:
                 left, right = (sibling, value) if index % 2 else (value, sibling)
-                if [a.shape for a in left] != [b.shape for b in right]:
+                if [a.shape for a in left] != [b.shape for b in right] and left != ABSENT != right:
                     raise ValueError(
                         f"clients sent shapes {[tuple(a.shape) for a in left]} and "
                         f"{[tuple(b.shape) for b in right]} (value and weight) under one name; they must be equal"
                     )
-                value = tuple(a + b for a, b in zip(left, right, strict=True))
+                absent = ABSENT in (left, right)
+                value = left or right if absent else tuple(a + b for a, b in zip(left, right, strict=True))
             else:
                 break
             level, index = level + 1, index >> 1

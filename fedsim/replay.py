@@ -43,7 +43,7 @@ class Replay:
         client: Client id; -1 is the server.
         phase: ``train`` or the name of a phase.
         visit: What tells the client's visits apart.
-        outcome: What it sent and keeps: entries as sums over this client alone, memory rows, steps, losses.
+        outcome: What it sent, as sums over this client alone; ``outcome.done[0]`` is the visit.
         recorded: What the run wrote down of it; None if its round was never finished.
     """
 
@@ -57,12 +57,12 @@ class Replay:
     @property
     def entries(self) -> str:
         """Fingerprint of what it sent."""
-        return self.outcome.entries[0]
+        return self.outcome.done[0].entries
 
     @property
     def memory(self) -> str:
         """Fingerprint of what it keeps, its personal model included."""
-        return self.outcome.kept[0]
+        return self.outcome.done[0].kept
 
     @property
     def same(self) -> bool | None:
@@ -299,12 +299,10 @@ def _whole(key: str, text: str) -> int:
 def _show(visit: Replay) -> None:
     from fedsim.report.text import align
 
-    out, r = visit.outcome, visit.recorded
+    (done,), r = visit.outcome.done, visit.recorded
     who = "the server" if visit.client == SERVER else f"client {visit.client}"
-    loss = f", mean loss {out.losses[0] / out.scored[0]:.4f}" if out.scored[0] else ""
-    print(
-        f"round {visit.round}, {who}, phase {visit.phase}: {out.num_examples[0]} examples, {out.steps[0]} steps{loss}"
-    )
+    loss = f", mean loss {done.loss / done.scored:.4f}" if done.scored else ""
+    print(f"round {visit.round}, {who}, phase {visit.phase}: {done.num_examples} examples, {done.steps} steps{loss}")
     rows = []
     for name, now, then in (
         ("entries", visit.entries, r and r.entries),

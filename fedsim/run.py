@@ -122,10 +122,10 @@ def execute(exp: Experiment, resume: Path | None = None, sweep: str | None = Non
 
 @contextmanager
 def _engine(exp: Experiment) -> Iterator[Engine]:
-    node = {k: v for k, v in exp.config["engine"].items() if k not in ("device", "threads")}
-    engine: Engine = instantiate(
-        node, "engine", {"threads": exp.config["engine"]["threads"], "program": exp.program, "run_config": exp.config}
-    )
+    options = exp.config["engine"]
+    node = {k: v for k, v in options.items() if k not in conf.ENGINE}
+    facts = {k: options[k] for k in ("threads", "on_failure", "max_retries")}
+    engine: Engine = instantiate(node, "engine", {**facts, "program": exp.program, "run_config": exp.config})
     try:
         yield engine
     finally:
@@ -165,9 +165,10 @@ class Driver:
     """
 
     def __init__(self, exp: Experiment, run: RunDir, engine: Engine) -> None:
-        self.exp, self.run_dir, self.config = exp, run, exp.config
+        self.exp, self.run_dir, self.config, self.engine = exp, run, exp.config, engine
         self.strategy = exp.program.strategy
-        self.memory = Memory(run.checkpoints / "memory", exp.config["checkpoint"]["memory"] == "disk")
+        on_disk, budget = exp.config["checkpoint"]["memory"] == "disk", exp.config["engine"]["memory_budget"]
+        self.memory = Memory(run.checkpoints / "memory", on_disk, conf.num_bytes(budget))
         self.fed = Federation(exp.program, engine, exp.participation, exp.system, self.memory)
         self.checkpoints = Checkpoints(run.checkpoints, self.memory, exp.config["checkpoint"]["keep"])
         first = (
@@ -291,7 +292,7 @@ class Driver:
     # --- rounds --------------------------------------------------------------------------------------
 
     def _round(self, number: int) -> dict[str, Any]:
-        p, fed = self.progress, self.fed
+        p, fed, lost = self.progress, self.fed, self.engine.retries
         p.state = rounds.following(fed, p.state, number)
         p.round_num = number
         self._book()
@@ -304,6 +305,7 @@ class Driver:
             "bytes_up": done.bytes_up,
             "clients": done.clients,
             "failures": done.failures,
+            "retries": done.retries,
             "train_loss": done.loss / done.trained if done.trained else None,
         }
         limit = self.config["stop"]["virtual_seconds"]
@@ -316,6 +318,7 @@ class Driver:
             self._note_best()
         if due:  # not for the sake of the last round: a run that takes more rounds later must not stop earlier
             self._stop_if_good()
+        record["retries"] += self.engine.retries - lost  # of workers, in evaluation too
         return record | fed.log
 
     def _book(self) -> None:

@@ -111,7 +111,8 @@ def test_twenty_random_visits_have_the_recorded_bits(go: Callable[..., Result], 
     for r in random.Random(0).sample(all_visits, 20):
         found = only(replay(run, r.round, r.client))
         assert found.recorded == r and found.same is True
-        assert (found.outcome.steps, found.outcome.bytes_up) == ([r.steps], [r.bytes_up])
+        (done,) = found.outcome.done
+        assert (done.steps, done.bytes_up) == (r.steps, r.bytes_up)
     assert content(run) == before
 
 
@@ -171,7 +172,7 @@ def test_personal_models_come_back_with_the_visit(tmp_path: Path) -> None:
     last = {r.client: r for r in records(run.result.run_dir)}  # each client's last visit left what memory holds
     for client, r in last.items():
         (row,) = run.memory.get((client,))
-        (again,) = only(replay(run.result.run_dir, r.round, client)).outcome.memory
+        again = only(replay(run.result.run_dir, r.round, client)).outcome.done[0].memory
         assert torch.equal(again["strategy.private"], row["strategy.private"])
 
 

@@ -51,36 +51,51 @@ class Task:
 
 
 @dataclass
+class Done:
+    """One client's visit, as it is booked.
+
+    Attributes:
+        memory: The client's new memory rows.
+        bytes_up: Bytes that it is charged.
+        steps: Local steps.
+        examples: Examples processed, repeats counted.
+        scored: Those of them whose training loss was computed.
+        loss: Sum of these losses.
+        num_examples: Its training examples.
+        entries: Fingerprint of what it sent (`fedsim.tree.fingerprint`).
+        kept: Fingerprint of its new memory rows.
+        error: Why the visit failed, if it did and the rest of the cohort goes on; all else is then empty.
+    """
+
+    memory: Rows = field(default_factory=dict)
+    bytes_up: int = 0
+    steps: int = 0
+    examples: int = 0
+    scored: int = 0
+    loss: float = 0.0
+    num_examples: int = 0
+    entries: str = ""
+    kept: str = ""
+    error: str | None = None
+
+
+@dataclass
 class Outcome:
     """What a piece of a cohort sends back.
 
     Attributes:
-        kinds: Reduction of every entry.
+        kinds: Reduction of every entry; empty if every visit failed.
         nodes: Partial sums of the reduction tree, by entry.
-        rows: Rows of every ``stack`` or ``concat`` entry, one item per client.
-        memory: Each client's new memory rows.
-        bytes_up: Bytes that each client is charged.
-        steps: Local steps of each client.
-        examples: Examples that each client processed, repeats counted.
-        scored: Those of them whose training loss was computed, per client.
-        losses: Sum of these losses, per client.
-        num_examples: Training examples of each client.
-        entries: Fingerprint of what each client sent (`fedsim.tree.fingerprint`).
-        kept: Fingerprint of each client's new memory rows.
+        rows: Rows of every ``stack`` or ``concat`` entry, one item per client whose visit did not fail.
+        done: Each client's visit, in the order of the task.
+        retries: Visits that were made again because they had failed.
     """
 
     kinds: dict[str, str] = field(default_factory=dict)
     nodes: dict[str, dict[Node, tuple[Tensor, ...]]] = field(default_factory=dict)
-    rows: dict[str, list[Any]] = field(default_factory=dict)
-    memory: list[Rows] = field(default_factory=list)
-    bytes_up: list[int] = field(default_factory=list)
-    steps: list[int] = field(default_factory=list)
-    examples: list[int] = field(default_factory=list)
-    scored: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-    num_examples: list[int] = field(default_factory=list)
-    entries: list[str] = field(default_factory=list)
-    kept: list[str] = field(default_factory=list)
+    rows: dict[str, Any] = field(default_factory=dict)
+    done: list[Done] = field(default_factory=list)
+    retries: int = 0
 
 
 @dataclass(frozen=True)
@@ -130,6 +145,8 @@ class Engine(Protocol):
 
     #: How many tasks run side by side.
     slots: int
+    #: How often work was done again because a worker was lost, so far.
+    retries: int
 
     def put(self, payload: dict[str, Any]) -> Any:
         """Makes a payload available to all workers; returns a handle for `Task.sent`."""

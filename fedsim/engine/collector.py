@@ -10,7 +10,7 @@ from torch import Tensor
 from fedsim.engine.base import Outcome
 from fedsim.errors import ClientError, RunError
 from fedsim.program import Program
-from fedsim.reduce import Rows, TreeSum, finish
+from fedsim.reduce import ABSENT, Rows, TreeSum, finish
 
 
 class Collector:
@@ -27,6 +27,7 @@ class Collector:
         self._trees: dict[str, TreeSum] = {}
         self._rows: dict[str, dict[int, Any]] = {}
         self._num_examples: dict[int, list[int]] = {}
+        self._absent: list[int] = []
 
     def add(self, outcome: Outcome, first: int) -> None:
         """Takes a piece.
@@ -39,7 +40,7 @@ class Collector:
             ClientError: Its clients sent other entries than those before.
         """
         self._kinds = self._kinds or outcome.kinds
-        if outcome.kinds != self._kinds:
+        if outcome.kinds and outcome.kinds != self._kinds:
             raise ClientError(
                 f"some clients sent the entries {self._kinds}, others {outcome.kinds}; finish() must return the same "
                 "names and reductions for every client"
@@ -53,11 +54,15 @@ class Collector:
                     raise ClientError(f"entry '{name}': {exc}") from exc
         for name, rows in outcome.rows.items():
             self._rows.setdefault(name, {})[first] = rows
-        self._num_examples[first] = outcome.num_examples
+        self._num_examples[first] = [d.num_examples for d in outcome.done if d.error is None]
+        self._absent += [first + i for i, d in enumerate(outcome.done) if d.error is not None]
 
     def values(self) -> tuple[dict[str, Any], Tensor]:
         """The reduced entries by name, and the clients' numbers of examples, float64 ``[m]``."""
         num_examples = torch.tensor(_in_order(self._num_examples), dtype=torch.float64)
+        for sums in self._trees.values():
+            for place in self._absent:
+                sums.add((0, place), ABSENT)
         out: dict[str, Any] = {}
         for name, kind in self._kinds.items():
             if kind == "concat":

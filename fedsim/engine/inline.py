@@ -18,14 +18,17 @@ class InlineEngine:
     Args:
         program: What to run.
         threads: Threads of torch. Part of the experiment: another number gives other bits.
+        on_failure: As for `Worker`.
+        max_retries: As for `Worker`.
     """
 
     slots = 1
+    retries = 0
 
-    def __init__(self, program: Program, threads: int = 1) -> None:
+    def __init__(self, program: Program, threads: int = 1, on_failure: str = "abort", max_retries: int = 3) -> None:
         self._threads = torch.get_num_threads()
         torch.set_num_threads(threads)
-        self._worker = Worker(program)
+        self._worker = Worker(program, on_failure, max_retries)
         self._tasks: dict[int, Task | EvalTask] = {}
         self._submitted = 0
 

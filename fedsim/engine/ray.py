@@ -42,8 +42,8 @@ def remote_class() -> Any:
     class Host:
         """One worker process."""
 
-        def setup(self, path: list[str], folder: str, message: Message, shared: Message, threads: int) -> str:
-            """Builds the program anew; returns the hash of a probe, and versions."""
+        def setup(self, path: list[str], folder: str, message: Message, shared: Message) -> str:
+            """Builds the program anew; returns the hash of a probe."""
             import contextlib
             import os
             import sys
@@ -53,7 +53,7 @@ def remote_class() -> Any:
                 os.chdir(folder)
             from fedsim.engine.ray import Process
 
-            self.process = Process(message, shared, threads)
+            self.process = Process(message, shared)
             return self.process.probe
 
         def run(self, message: Message, sent: Message) -> tuple[Message, Any]:
@@ -75,19 +75,19 @@ class Process:
     Args:
         message: The config, packed.
         shared: `fedsim.experiment.Shared`, packed; in memory that all workers of the node share.
-        threads: Threads of torch.
     """
 
-    def __init__(self, message: Message, shared: Message, threads: int) -> None:
+    def __init__(self, message: Message, shared: Message) -> None:
         from fedsim.engine.worker import Worker
         from fedsim.experiment import rebuild
 
-        torch.set_num_threads(threads)
         config: Config = unpack(message)
+        engine = config["engine"]
+        torch.set_num_threads(engine["threads"])
         self._shared = shared  # tensors point into it
         program = rebuild(config, unpack(shared, copy=False))
-        self._worker = Worker(program)
-        self.probe = probe(config["engine"]["device"])
+        self._worker = Worker(program, engine["on_failure"], engine["max_retries"])
+        self.probe = probe(engine["device"])
 
     def run(self, message: Message, sent: Message) -> tuple[Message, Any]:
         """Runs a task."""
@@ -185,7 +185,7 @@ class RayEngine:
         require(max_retries >= 0, "engine.max_retries", ">= 0", max_retries)
         require(timeout_s is None or timeout_s > 0, "engine.timeout_s", "> 0, or null", timeout_s)
         self.retries = 0
-        self._threads, self._max_retries, self._timeout_s = threads, max_retries, timeout_s
+        self._max_retries, self._timeout_s = max_retries, timeout_s
         self._program, self._config = program, run_config
         self._options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker}
         self._before = torch.get_num_threads()
@@ -226,7 +226,6 @@ class RayEngine:
             os.getcwd(),
             ray.put(pack(self._config)),
             ray.put(pack(Shared.of(self._program))),
-            self._threads,
         ]
         for _ in range(self.slots):
             self._add_host()

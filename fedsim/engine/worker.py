@@ -15,7 +15,7 @@ from fedsim import random, tree
 from fedsim.clients.batch import Batch
 from fedsim.clients.local import Local
 from fedsim.clients.visit import Visit
-from fedsim.engine.base import EvalTask, Outcome, Score, Task
+from fedsim.engine.base import Done, EvalTask, Outcome, Score, Task
 from fedsim.errors import ClientError, ConfigError, FedsimError
 from fedsim.network import Point, map_tensors
 from fedsim.program import Program, overrides
@@ -30,10 +30,14 @@ class Worker:
 
     Args:
         program: The network, the data and the method.
+        on_failure: Of a visit that raises: ``abort`` raises its error; ``retry`` makes it again first, from the same
+            seeds; ``skip`` goes on without the client.
+        max_retries: How often a visit is made again.
     """
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, program: Program, on_failure: str = "abort", max_retries: int = 3) -> None:
         self.program = program
+        self._skip, self._tries = on_failure == "skip", 1 + (max_retries if on_failure == "retry" else 0)
 
     def run(self, task: Task | EvalTask) -> Outcome | list[Score]:
         """Runs a task to its end.
@@ -50,67 +54,88 @@ class Worker:
         program, out = self.program if task.model is None else self.program.variant(task.model), Outcome()
         trees: dict[str, TreeSum] = {}
         sent = lead(task.sent, self.program.device)
-        hooks = program.hooks if task.half is None else program.phase_hooks(task.half)
-        buffers: Tensor | None = task.sent.get("buffers")
-        for i, client in enumerate(task.clients):
-            rows = task.memory[i]
-            visit = Visit(client, task.round_num, task.phase, task.visits[i], "train", task.steps, task.epochs, rows)
-            try:
-                own_sent = _lane(task.unicast, i, program.device)
-                self._seed("hooks", task.phase, task.visits[i], client)
-                with _read_only(sent, own_sent, rows):
-                    own = self._bind_buffers(program, buffers, rows)
-                    local = Local(program, visit, sent | own_sent, hooks)
-                    w = local._hooks.single("work")
-                    _check_vector(w, local)
-                    # The rows are taken after `finish`, which may still assign to memory.
-                    entries = local._hooks.finish(w)
-                    new = local.rows(w)
-                if "buffers" in entries:
-                    raise ClientError("'buffers' names the network's own statistics; give your entry another name")
-                if own is not None:
-                    if program.options.buffers == "mean":
-                        entries["buffers"] = Entry("mean", own.unsqueeze(0))
-                    elif program.options.buffers == "local":
-                        new["buffers.local"] = own
-                self._reduce(out, trees, entries, local, task.first_leaf + i, task.num_leaves)
-                out.entries.append(tree.fingerprint({n: (e.kind, e.value, e.weight) for n, e in entries.items()}))
-                out.kept.append(tree.fingerprint(new))
-            except Exception as exc:
-                error = ClientError(f"{_where(task, i, program.seed)}: {_what(exc)}")
-                raise error.of(task.round_num, client, task.phase) from exc
-            out.memory.append(new)
-            out.bytes_up.append(0 if client == SERVER else sum(_charge(program, e) for e in entries.values()))
-            out.scored.append(local.stats.scored)
-            out.steps.append(local.stats.steps)
-            out.examples.append(local.stats.examples)
-            out.losses.append(local.stats.loss)
-            out.num_examples.append(local.n)
+        for i in range(len(task.clients)):
+            for attempt in range(self._tries):
+                try:
+                    done, entries = self._visit(program, task, i, sent)
+                    self._reduce(out, trees, entries, done.num_examples, task.first_leaf + i, task.num_leaves)
+                    break
+                except Exception as exc:
+                    error = ClientError(f"{_where(task, i, program.seed)}: {_what(exc)}")
+                    if attempt + 1 < self._tries:
+                        out.retries += 1
+                    elif self._skip:
+                        done = Done(error=str(error))
+                    else:
+                        raise error.of(task.round_num, task.clients[i], task.phase) from exc
+            out.done.append(done)
         out.nodes = {name: sums.nodes for name, sums in trees.items()}
         return out
 
+    def _visit(self, program: Program, task: Task, i: int, sent: dict[str, Any]) -> tuple[Done, dict[str, Entry]]:
+        """The visit of the task's client ``i``; changes nothing that the next one, or the same again, would see."""
+        client, rows = task.clients[i], task.memory[i]
+        hooks = program.hooks if task.half is None else program.phase_hooks(task.half)
+        visit = Visit(client, task.round_num, task.phase, task.visits[i], "train", task.steps, task.epochs, rows)
+        own_sent = _lane(task.unicast, i, program.device)
+        self._seed("hooks", task.phase, task.visits[i], client)
+        with _read_only(sent, own_sent, rows):
+            own = self._bind_buffers(program, task.sent.get("buffers"), rows)
+            local = Local(program, visit, sent | own_sent, hooks)
+            w = local._hooks.single("work")
+            _check_vector(w, local)
+            # The rows are taken after `finish`, which may still assign to memory.
+            entries = local._hooks.finish(w)
+            new = local.rows(w)
+        if "buffers" in entries:
+            raise ClientError("'buffers' names the network's own statistics; give your entry another name")
+        if own is not None:
+            if program.options.buffers == "mean":
+                entries["buffers"] = Entry("mean", own.unsqueeze(0))
+            elif program.options.buffers == "local":
+                new["buffers.local"] = own
+        done = Done(
+            memory=new,
+            bytes_up=0 if client == SERVER else sum(_charge(program, e) for e in entries.values()),
+            steps=local.stats.steps,
+            examples=local.stats.examples,
+            scored=local.stats.scored,
+            loss=local.stats.loss,
+            num_examples=local.n,
+            entries=tree.fingerprint({n: (e.kind, e.value, e.weight) for n, e in entries.items()}),
+            kept=tree.fingerprint(new),
+        )
+        return done, entries
+
     def _reduce(
-        self, out: Outcome, trees: dict[str, TreeSum], entries: dict[str, Entry], local: Local, place: int, size: int
+        self, out: Outcome, trees: dict[str, TreeSum], entries: dict[str, Entry], n: int, place: int, size: int
     ) -> None:
+        """Adds a client's entries; all of them, or, if one is refused, none."""
         kinds = {name: e.kind for name, e in entries.items()}
         if out.kinds and out.kinds != kinds:
             raise ClientError(
                 f"finish() returned {kinds}, other clients returned {out.kinds}; names and reductions must be equal"
             )
-        out.kinds = kinds
+        rows: dict[str, Any] = {}
+        leaves: dict[str, tuple[Tensor, ...]] = {}
         for name, entry in entries.items():
             if entry.kind == "concat":
-                out.rows.setdefault(name, []).append(map_tensors(_keep, entry.value[0]))
+                rows[name] = map_tensors(_keep, entry.value[0])
                 continue
             if not isinstance(entry.value, Tensor) or not entry.value.dim() or len(entry.value) != 1:
                 raise ClientError(f"entry '{name}' must be a tensor with the client axis first, [1, ...]")
             if entry.kind == "stack":
                 # The sum is finite only if every number is: cheaper than isfinite, and nothing overflows float64.
                 _finite(name, entry.value.double().sum())
-                out.rows.setdefault(name, []).append(_keep(entry.value[0]))
+                rows[name] = _keep(entry.value[0])
                 continue
-            value = leaf(entry, local.num_examples.to(entry.value.device))
-            _finite(name, value[0].sum())
+            num_examples = torch.tensor([[float(n)]], dtype=torch.float64, device=entry.value.device)
+            leaves[name] = leaf(entry, num_examples)
+            _finite(name, leaves[name][0].sum())
+        out.kinds = kinds
+        for name, row in rows.items():
+            out.rows.setdefault(name, []).append(row)
+        for name, value in leaves.items():
             trees.setdefault(name, TreeSum(size)).add((0, place), value)
 
     def _bind_buffers(self, program: Program, shared: Tensor | None, rows: Mapping[str, Tensor]) -> Tensor | None:
