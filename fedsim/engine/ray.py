@@ -229,6 +229,9 @@ class RayEngine:
         ]
         for _ in range(self.slots):
             self._add_host()
+        for _, actor in self._session.idle:  # of an earlier run with more workers, or of another kind
+            ray.kill(actor)
+        self._session.idle.clear()
         deadline = time.monotonic() + START_S
         while all(h.starting is not None for h in self._hosts):
             if time.monotonic() > deadline:
@@ -269,8 +272,10 @@ class RayEngine:
         if "ray" in sys.modules:
             import ray
 
-            for host in self._hosts:
-                if ray.is_initialized():
+            for host in self._hosts if ray.is_initialized() else ():
+                if sessions.keeps() and host.starting is None and not host.jobs:
+                    self._session.idle.append((self._options, host.actor))
+                else:
                     ray.kill(host.actor)
         self._hosts, self._jobs = [], {}
         self._pending.clear()
@@ -279,7 +284,12 @@ class RayEngine:
     # --- workers --------------------------------------------------------------------------------------
 
     def _add_host(self) -> None:
-        actor = self._kind.options(max_restarts=0, max_task_retries=0, **self._options).remote()
+        idle = self._session.idle
+        place = next((i for i, (options, _) in enumerate(idle) if options == self._options), None)
+        if place is not None:
+            actor = idle.pop(place)[1]
+        else:
+            actor = self._kind.options(max_restarts=0, max_task_retries=0, **self._options).remote()
         self._hosts.append(_Host(actor, actor.setup.remote(*self._setup), time.monotonic()))
 
     def _lose(self, host: _Host, why: BaseException) -> None:

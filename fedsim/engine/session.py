@@ -47,6 +47,7 @@ class Session:
     def __init__(self, address: str, num_cpus: float, num_gpus: float, dashboard: bool = False) -> None:
         self.local, self._folder = address == "local", Path()
         self.spec = (address, num_cpus, num_gpus, dashboard)
+        self.idle: list[tuple[Any, Any]] = []  # options and handle of workers that the next run may have
         before = dict(os.environ)
         os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_DEDUP_LOGS_SKIP_REGEX": "."}
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR, "configure_logging": True}
@@ -81,6 +82,7 @@ class Session:
     def _start(self, options: dict[str, Any]) -> None:
         import ray
 
+        _forget_token()
         if ray.is_initialized():
             raise ConfigError("Ray is in use in this process already; call ray.shutdown() first, or set engine=inline")
         with _deferred(signal.SIGINT, signal.SIGTERM):  # in the middle of a start Ray would leave processes behind
@@ -142,6 +144,11 @@ def lease(address: str, num_cpus: float, num_gpus: float, dashboard: bool) -> Se
     session = Session(address, num_cpus, num_gpus, dashboard)
     _kept.append(session)
     return session
+
+
+def keeps() -> bool:
+    """Whether sessions are kept for further runs."""
+    return _keep
 
 
 def release(session: Session) -> None:
@@ -237,6 +244,15 @@ def _deferred(*signals: signal.Signals) -> Iterator[None]:
             signal.signal(s, handler if handler is not None else signal.SIG_DFL)
         for number in came[:1]:
             signal.raise_signal(number)
+
+
+def _forget_token() -> None:
+    """Makes Ray read its settings and its token again: it did so once, perhaps before this session."""
+    with contextlib.suppress(ImportError, AttributeError):  # versions without tokens
+        from ray._raylet import AuthenticationTokenLoader, Config
+
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
 
 
 def _reachable(address: str) -> str:
