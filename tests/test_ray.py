@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,16 +38,17 @@ def cluster() -> Iterator[None]:
         yield
 
 
-def settings(engine: str, workers: int = 2, **values: Any) -> dict[str, Any]:
+def settings(engine: str, workers: int = 2, values: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Values of a config for one engine."""
-    own: dict[str, Any] = {"rounds": 3, "checkpoint.seconds": 1000, **values}
+    own: dict[str, Any] = {"rounds": 3, "checkpoint.seconds": 1000, **(values or {})}
     if engine == "ray":
         own |= {"engine.workers": workers, "engine.cpus_per_worker": 2 / workers}  # one cluster fits all
     return own
 
 
-def run(engine: str, folder: Path, choices: tuple[str, ...] = (), workers: int = 2, **values: Any) -> Run:
-    return drive(configure((*choices, f"engine={engine}"), settings(engine, workers, **values)), folder)
+def run(engine: str, folder: Path, *choices: str, workers: int = 2, values: Mapping[str, Any] | None = None) -> Run:
+    """Runs an experiment: choices of groups, and values by dotted key."""
+    return drive(configure((*choices, f"engine={engine}"), settings(engine, workers, values)), folder)
 
 
 def same(a: Run, b: Run) -> None:
@@ -61,8 +62,8 @@ def same(a: Run, b: Run) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_has_the_bits_of_one_process(name: str, tmp_path: Path) -> None:
-    expected = run("inline", tmp_path, (f"strategy={name}",))
-    got = run("ray", tmp_path, (f"strategy={name}",))
+    expected = run("inline", tmp_path, f"strategy={name}")
+    got = run("ray", tmp_path, f"strategy={name}")
     same(got, expected)
     visits = [list(read(r.result.run_dir / "visits.csv")) for r in (expected, got)]
     assert visits[0] == visits[1] and visits[0]
@@ -72,7 +73,7 @@ def test_every_strategy_has_the_bits_of_one_process(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_has_these_bits_with_any_number_of_workers(name: str, workers: int, tmp_path: Path) -> None:
-    same(run("ray", tmp_path, (f"strategy={name}",), workers), run("inline", tmp_path, (f"strategy={name}",)))
+    same(run("ray", tmp_path, f"strategy={name}", workers=workers), run("inline", tmp_path, f"strategy={name}"))
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -90,26 +91,26 @@ KINDS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_method_has_the_bits_of_one_process(kind: str, tmp_path: Path) -> None:
     values = KINDS[kind]
-    same(run("ray", tmp_path, **values), run("inline", tmp_path, **values))
+    same(run("ray", tmp_path, values=values), run("inline", tmp_path, values=values))
 
 
 def test_data_that_clients_make_themselves_are_made_by_workers(tmp_path: Path) -> None:
     data = ("data=synthetic", "strategy=scaffold")
-    same(run("ray", tmp_path, data), run("inline", tmp_path, data))
+    same(run("ray", tmp_path, *data), run("inline", tmp_path, *data))
 
 
 def test_weights_from_a_file_need_not_be_on_every_node(tmp_path: Path) -> None:
-    first = run("inline", tmp_path, ("model=logreg",))
+    first = run("inline", tmp_path, "model=logreg")
     file = first.result.run_dir / "model.safetensors"
-    expected = run("inline", tmp_path, ("model=logreg",), **{"model.weights": str(file)})
-    config = configure(("model=logreg", "engine=ray"), settings("ray", **{"model.weights": str(file)}))
+    expected = run("inline", tmp_path, "model=logreg", values={"model.weights": str(file)})
+    config = configure(("model=logreg", "engine=ray"), settings("ray", values={"model.weights": str(file)}))
     same(drive(config, tmp_path), expected)
 
 
 def test_a_run_may_change_its_engine_when_it_is_resumed(tmp_path: Path) -> None:
-    expected = run("inline", tmp_path / "a", ("strategy=scaffold",), rounds=6)
-    first = run("inline", tmp_path / "b", ("strategy=scaffold",), rounds=3)
-    more = configure(("strategy=scaffold", "engine=ray"), settings("ray", rounds=6))
+    expected = run("inline", tmp_path / "a", "strategy=scaffold", values={"rounds": 6})
+    first = run("inline", tmp_path / "b", "strategy=scaffold", values={"rounds": 3})
+    more = configure(("strategy=scaffold", "engine=ray"), settings("ray", values={"rounds": 6}))
     again = drive(more, tmp_path, resume=first.result.run_dir)
     assert again.state_sha256 == expected.state_sha256
 
@@ -158,8 +159,8 @@ def dies(folder: Path, **options: Any) -> dict[str, Any]:
 
 @pytest.mark.parametrize("times", [1, 3])
 def test_a_worker_that_is_lost_costs_time_and_not_bits(times: int, tmp_path: Path) -> None:
-    expected = run("inline", tmp_path / "a", **dies(tmp_path, times=0))
-    got = run("ray", tmp_path / "b", **dies(tmp_path, times=times))
+    expected = run("inline", tmp_path / "a", values=dies(tmp_path, times=0))
+    got = run("ray", tmp_path / "b", values=dies(tmp_path, times=times))
     assert got.params_sha256 == expected.params_sha256
     assert [r["retries"] for r in got.records] == [0, times, 0]
     assert [{**r, "retries": 0} for r in got.records] == expected.records
@@ -167,14 +168,14 @@ def test_a_worker_that_is_lost_costs_time_and_not_bits(times: int, tmp_path: Pat
 
 def test_work_that_always_kills_its_worker_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
     with pytest.raises(RunError, match=r"round 2, training, clients .*: the worker was lost 4 times .*max_retries"):
-        run("ray", tmp_path, **dies(tmp_path, times=100))
+        run("ray", tmp_path, values=dies(tmp_path, times=100))
 
 
 def test_a_worker_that_hangs_is_lost_too(tmp_path: Path) -> None:
     values = dies(tmp_path, how="hang") | {"engine.timeout_s": 2.0}
-    got = run("ray", tmp_path / "b", **values)
+    got = run("ray", tmp_path / "b", values=values)
     assert [r["retries"] for r in got.records] == [0, 1, 0]
-    assert got.params_sha256 == run("inline", tmp_path / "a", **dies(tmp_path, times=0)).params_sha256
+    assert got.params_sha256 == run("inline", tmp_path / "a", values=dies(tmp_path, times=0)).params_sha256
 
 
 def killer(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> list[int]:
@@ -201,9 +202,9 @@ def killer(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> list
 
 def test_workers_may_die_in_training_and_in_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values: dict[str, Any] = {**EVERYBODY, "eval.clients": "all"}
-    expected = run("inline", tmp_path, ("strategy=scaffold",), **values)
+    expected = run("inline", tmp_path, "strategy=scaffold", values=values)
     killed = killer(monkeypatch, lambda count: count % 7 == 3)
-    got = run("ray", tmp_path, ("strategy=scaffold",), **values)
+    got = run("ray", tmp_path, "strategy=scaffold", values=values)
     assert len(killed) >= 3
     assert got.state_sha256 == expected.state_sha256
 
@@ -246,7 +247,7 @@ def fails(**options: Any) -> dict[str, Any]:
 @ENGINES
 def test_a_client_that_raises_ends_the_run_with_its_own_error(engine: str, tmp_path: Path) -> None:
     with pytest.raises(ClientError, match=r"round 2, client 4 .*ArithmeticError: client 4 never does it") as caught:
-        run(engine, tmp_path, **fails(always="4"))
+        run(engine, tmp_path, values=fails(always="4"))
     assert caught.value.visit == {"round": 2, "client": 4, "phase": "train"}
     assert "alone: fedsim replay" in caught.value.__notes__[0]
     (log,) = tmp_path.glob("*/*/failure.json")
@@ -255,12 +256,14 @@ def test_a_client_that_raises_ends_the_run_with_its_own_error(engine: str, tmp_p
 
 @ENGINES
 def test_a_client_that_is_skipped_is_counted_and_changes_what_the_others_sum_to(engine: str, tmp_path: Path) -> None:
-    got = run(engine, tmp_path, **fails(always="0 4"), **{"engine.on_failure": "skip"})
+    got = run(engine, tmp_path, values=fails(always="0 4") | {"engine.on_failure": "skip"})
     assert [r["failures"] for r in got.records] == [0, 2, 0] and [r["clients"] for r in got.records] == [7, 5, 7]
     assert got.result.summary["totals"]["failures"] == 2
     # The round is that of a cohort without them.
     without = {"_target_": "tests.test_ray.Without", "out": "0 4"}
-    expected = run("inline", tmp_path, strategy={"_target_": "tests.test_ray.Fails"}, participation=without)
+    expected = run(
+        "inline", tmp_path, values={"strategy": {"_target_": "tests.test_ray.Fails"}, "participation": without}
+    )
     assert torch.allclose(got.w.double(), expected.w.double(), rtol=0, atol=1e-7)
     made = [(r.round, r.client) for r in read(got.result.run_dir / "visits.csv")]
     assert made == [(r, c) for r in (1, 2, 3) for c in range(7) if r != 2 or c not in (0, 4)]
@@ -268,23 +271,23 @@ def test_a_client_that_is_skipped_is_counted_and_changes_what_the_others_sum_to(
 
 def test_skipping_gives_the_same_bits_on_every_engine(tmp_path: Path) -> None:
     values = fails(always="0 1 6") | {"engine.on_failure": "skip"}
-    same(run("ray", tmp_path, **values), run("inline", tmp_path, **values))
+    same(run("ray", tmp_path, values=values), run("inline", tmp_path, values=values))
 
 
 @ENGINES
 def test_a_round_of_which_nobody_is_left_ends_the_run(engine: str, tmp_path: Path) -> None:
     with pytest.raises(ClientError, match=r"round 2: all clients failed; round 2, client 0 .*never does it"):
-        run(engine, tmp_path, **fails(always="0 1 2 3 4 5 6"), **{"engine.on_failure": "skip"})
+        run(engine, tmp_path, values=fails(always="0 1 2 3 4 5 6") | {"engine.on_failure": "skip"})
 
 
 @ENGINES
 def test_a_visit_that_is_made_again_has_the_bits_of_one_that_never_failed(engine: str, tmp_path: Path) -> None:
-    expected = run("inline", tmp_path / "a", **fails())
-    got = run(engine, tmp_path / "b", **fails(folder=str(tmp_path)), **{"engine.on_failure": "retry"})
+    expected = run("inline", tmp_path / "a", values=fails())
+    got = run(engine, tmp_path / "b", values=fails(folder=str(tmp_path)) | {"engine.on_failure": "retry"})
     assert got.params_sha256 == expected.params_sha256
     assert [r["retries"] for r in got.records] == [0, 3, 0]  # clients 0, 3 and 6
     with pytest.raises(ClientError, match="never does it"):
-        run(engine, tmp_path / "c", **fails(always="2"), **{"engine.on_failure": "retry"})
+        run(engine, tmp_path / "c", values=fails(always="2") | {"engine.on_failure": "retry"})
 
 
 class Without:
