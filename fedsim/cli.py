@@ -238,6 +238,7 @@ def _sweep(request: Request) -> None:
     import hydra
 
     from fedsim.compose import explain, own_targets, prepare, resolve, search_path
+    from fedsim.engine.session import kept
 
     if any(o.lstrip("+").startswith("resume=") for o in request.rest):
         raise ConfigError("a sweep (-m) makes new runs; go on with one run at a time, without -m")
@@ -272,7 +273,8 @@ def _sweep(request: Request) -> None:
         sys.argv = [before[0], "-m", f"hydra.sweep.dir={scratch}", *overrides, *search_path(request.config_dir)]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come to us, not to Hydra's printer
         try:
-            hydra.main(version_base="1.3", config_path="pkg://fedsim.conf", config_name="config")(job)()
+            with kept():  # one cluster for all jobs
+                hydra.main(version_base="1.3", config_path="pkg://fedsim.conf", config_name="config")(job)()
         except Exception as exc:
             raise ConfigError(explain(exc, overrides, request.config_dir, sweep=True)) from exc
         finally:
