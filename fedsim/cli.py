@@ -31,6 +31,7 @@ fedsim: simulated federated learning
   fedsim compare <run> ...          table of several runs   fedsim compare runs/fedavg-digits runs/fedprox-digits
   fedsim report <run> ...           page about runs         fedsim report runs/fedavg-digits runs/fedprox-digits
   fedsim replay <run> round= client=  one visit alone       fedsim replay runs/fedavg-digits/2026... round=7 client=42
+  fedsim cluster up|down|status     a local Ray cluster     fedsim cluster up nodes=2 cpus=1
   fedsim doctor                     is all well here?
 
   --dry-run           build everything and print what a run would cost, without training
@@ -391,6 +392,41 @@ def _replay(args: list[str]) -> None:
     command(runs, given)
 
 
+def _cluster(args: list[str]) -> None:
+    from fedsim import cluster
+    from fedsim.report.text import align
+
+    takes = {"up": ("nodes", "cpus", "port"), "down": (), "status": ()}
+    command, *words = _request(args).rest or [""]
+    if command not in takes:
+        raise ConfigError(f"fedsim cluster takes up, down or status, got '{command}'{did_you_mean(command, takes)}")
+    given: dict[str, int] = {}
+    for word in words:
+        key, _, value = word.partition("=")
+        if key not in takes[command]:
+            hint = (
+                f"{did_you_mean(key, takes[command])}; it takes {', '.join(f'{k}=' for k in takes[command]) or 'none'}"
+            )
+            raise ConfigError(f"fedsim cluster {command} has no option '{word}'{hint}")
+        if key in given:
+            raise ConfigError(f"fedsim cluster {command}: {key}= is given twice; give it once")
+        if not (value.isascii() and value.isdecimal()):
+            raise ConfigError(f"fedsim cluster {command}: {key} must be a whole number > 0, got '{value}'")
+        given[key] = int(value)
+    if command == "down":
+        address = cluster.down()
+        print(f"the cluster at {address} is down" if address else "no cluster was up")
+        return
+    found = cluster.up(**given) if command == "up" else cluster.status()
+    resources = ", ".join(f"{found[k]:g} {k}{'' if found[k] == 1 else 's'}" for k in ("CPU", "GPU"))
+    rows = [
+        ["up", f"{found['address']}, {found['nodes']} node{'' if found['nodes'] == 1 else 's'}, {resources}"],
+        ["run on it", f"fedsim engine=ray engine.address={found['address']}"],
+        ["end it", "fedsim cluster down"],
+    ]
+    print(align(rows, left=2))
+
+
 def _doctor(args: list[str]) -> None:
     if words := _request(args).rest:
         raise ConfigError(f"fedsim doctor takes no arguments, got '{' '.join(words)}'")
@@ -454,6 +490,21 @@ For a debugger: python -m pdb -m fedsim.cli replay <run> round=7 client=42
 
   phase=<name>          of a round with several phases, the one that is meant; default: all
   client=server         the server's own visit
+""",
+    ),
+    "cluster": (
+        _cluster,
+        """\
+fedsim cluster up|down|status: a Ray cluster of several nodes on this machine, for trying things
+
+  up      starts it, on 127.0.0.1 and with a token; runs of this user find both:
+          fedsim engine=ray engine.address=auto
+  status  what is up; exit status 1 if nothing is
+  down    ends it, with every process and file of it, and runs that are on it
+
+  nodes=<number>      of the cluster, all on this machine; default: 1
+  cpus=<number>       that each node offers; default: the cores, divided among the nodes
+  port=<number>       default: 6379
 """,
     ),
     "doctor": (

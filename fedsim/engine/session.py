@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import json
 import logging
 import os
 import secrets
@@ -29,6 +30,9 @@ LONGEST = 40  # characters of the folder: paths of sockets end at 107 bytes
 CONNECT_S = 2.0  # a cluster that does not answer for so long is not there; Ray itself would try for minutes
 #: A lost node is noticed after about a second, a silent one after three.
 HEALTH = {"health_check_period_ms": 1000, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 3}
+#: Ray would put the machine's own address in place of 127.0.0.1, and listen on every interface. This setting, which it
+#: has for systems without clusters, keeps it from that; a driver needs it too.
+LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 
 
 class Session:
@@ -56,7 +60,7 @@ class Session:
             token = self._folder / "token"
             token.touch(mode=0o600)
             token.write_text(secrets.token_hex(32))
-            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
+            os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)} | LOOPBACK
             os.environ.pop("RAY_AUTH_TOKEN", None)
             options |= {
                 "address": "local",
@@ -70,9 +74,13 @@ class Session:
             }
         else:
             options["address"] = _reachable(address)
-            if "RAY_AUTH_MODE" not in os.environ and not (Path.home() / ".ray" / "auth_token").exists():
+            own = own_cluster()
+            if own is not None and own[0] == options["address"]:
+                os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(own[1])} | LOOPBACK
+                os.environ.pop("RAY_AUTH_TOKEN", None)
+            elif "RAY_AUTH_MODE" not in os.environ and not (Path.home() / ".ray" / "auth_token").exists():
                 os.environ["RAY_AUTH_MODE"] = "disabled"  # Ray would make a token of its own, which the cluster lacks
-        self._changed = {k: before.get(k) for k, v in os.environ.items() if before.get(k) != v}
+        self._changed = {k: before.get(k) for k in {*before, *os.environ} if before.get(k) != os.environ.get(k)}
         try:
             self._start(options)
         except BaseException:
@@ -83,6 +91,7 @@ class Session:
         import ray
 
         _forget_token()
+        _follow_loopback()
         if ray.is_initialized():
             raise ConfigError("Ray is in use in this process already; call ray.shutdown() first, or set engine=inline")
         with _deferred(signal.SIGINT, signal.SIGTERM):  # in the middle of a start Ray would leave processes behind
@@ -167,13 +176,39 @@ def _close_kept() -> None:
 # --- clean-up ---------------------------------------------------------------------------------------------
 
 
-def _private_folder() -> Path:
-    """A folder for a cluster of this process; those of processes that died are removed."""
+def _root() -> Path:
+    """Where the folders of this user's clusters are; perhaps not there yet."""
     root = Path(tempfile.gettempdir())
-    root = (root if len(str(root)) + 24 <= LONGEST else Path("/tmp")) / f"fedsim-{os.getuid()}"
+    return (root if len(str(root)) + 24 <= LONGEST else Path("/tmp")) / f"fedsim-{os.getuid()}"
+
+
+def private_root() -> Path:
+    """The same, made if it is not there.
+
+    Raises:
+        ConfigError: It is somebody else's.
+    """
+    root = _root()
     root.mkdir(mode=0o700, exist_ok=True)
     if root.stat().st_uid != os.getuid():
         raise ConfigError(f"{root} belongs to somebody else; set TMPDIR to a folder of your own with a short path")
+    return root
+
+
+def own_cluster() -> tuple[str, Path] | None:
+    """Address and file with the token of the cluster that `fedsim cluster up` started, if there is one."""
+    folder = _root() / "cluster"
+    try:
+        if folder.stat().st_uid != os.getuid():
+            return None
+        return str(json.loads((folder / "state.json").read_text())["address"]), folder / "token"
+    except FileNotFoundError:
+        return None
+
+
+def _private_folder() -> Path:
+    """A folder for a cluster of this process; those of processes that died are removed."""
+    root = private_root()
     sweep(root)
     folder = root / f"{os.getpid()}-{_start_time(os.getpid())}"
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -222,11 +257,15 @@ def _target(link: Path) -> str:
 
 
 def _start_time(pid: int) -> str:
-    """When a process started, in the kernel's ticks: with its id, a name that no other process ever has."""
+    """When a process started, in the kernel's ticks: with its id, a name that no other process ever has.
+
+    Empty for one that is dead, be it that nobody has waited for it yet.
+    """
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
         return ""
+    return "" if fields[0] == "Z" else fields[19]
 
 
 @contextlib.contextmanager
@@ -255,6 +294,14 @@ def _forget_token() -> None:
         AuthenticationTokenLoader.instance().reset_cache()
 
 
+def _follow_loopback() -> None:
+    """Makes Ray follow `LOOPBACK`, which it read when it was first imported in this process."""
+    from ray._private import ray_constants
+
+    if hasattr(ray_constants, "ENABLE_RAY_CLUSTER"):
+        ray_constants.ENABLE_RAY_CLUSTER = not LOOPBACK.items() <= os.environ.items()
+
+
 def _reachable(address: str) -> str:
     """The address of a cluster that answers.
 
@@ -264,6 +311,8 @@ def _reachable(address: str) -> str:
     found = address
     if address == "auto":
         found = os.environ.get("RAY_ADDRESS", "")
+        if not found and (own := own_cluster()) is not None:
+            found = own[0]
         if not found:
             file = Path(tempfile.gettempdir()) / "ray" / "ray_current_cluster"
             found = file.read_text().strip() if file.exists() else ""
