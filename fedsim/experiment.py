@@ -128,6 +128,9 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     participation.check(len(clients))
     info = Info(len(clients), dataset.num_classes, program.layout, seed, config["rounds"], config["client"]["lr"])
     trackers = tuple(instantiate(node, f"tracker.{name}") for name, node in config["tracker"].items())
+    for tracker in trackers:
+        if check := getattr(tracker, "check", None):
+            check()
     return Experiment(config, program, participation, system, trackers, partition, info)
 
 
@@ -185,6 +188,11 @@ def _partition(config: Config, dataset: Dataset, kept: Tensor | None, seed: int)
         return dataset.clients, None
     node = {k: v for k, v in config["partition"].items() if k != "holdout"}
     partitioner = instantiate(node, "partition")
+    if not dataset.num_classes and getattr(partitioner, "needs_classes", False):
+        raise ConfigError(
+            f"partition={_short(config['partition'])} divides by class, and {dataset.name} has none (regression); "
+            "choose partition=iid, quantity or natural"
+        )
     rows = torch.arange(len(dataset.train)) if kept is None else kept
     labels = dataset.train.y[rows].numpy()
     keys = {name: key[rows].numpy() for name, key in dataset.keys.items()}

@@ -27,7 +27,7 @@ from fedsim.federation import Federation
 from fedsim.memory import Memory
 from fedsim.reduce import lane
 from fedsim.run import Progress
-from fedsim.rundir import RunDir
+from fedsim.rundir import RunDir, read_summary
 from fedsim.strategy import SERVER
 from fedsim.visits import Record, read
 
@@ -130,8 +130,12 @@ class _Wanted:
             if record.round == round_num:
                 (own if record.client == client else others).append(record)
         self.records = {(r.phase, r.visit): r for r in own if self.phase in (None, r.phase)}
+        if run.summary.exists() and last < (planned := read_summary(run.summary)["rounds"]):
+            raise ConfigError(
+                f"{run.visits} ends with round {last} of {planned}: it is damaged; restore it from a copy"
+            )
         if not 0 <= round_num <= last + 1:
-            raise ConfigError(f"round={round_num}: {run.path} has done {last} rounds")
+            raise ConfigError(f"round={round_num}: {run.path} has done rounds 1 to {last}")
         if own and not self.records:
             phases = sorted({r.phase for r in own})
             raise ConfigError(
@@ -141,7 +145,7 @@ class _Wanted:
         # What an event-driven client was given in this round may still be under way.
         if others and not own and all(r.booked == round_num for r in others):
             raise ConfigError(
-                f"client {client} took no part in round {round_num} of {run.path}; "
+                f"{_who(client)} took no part in round {round_num} of {run.path}; "
                 "the columns round and client of visits.csv say who did"
             )
 
@@ -223,7 +227,7 @@ def _rounds(exp: Experiment, run: RunDir, wanted: _Wanted, scratch: Path) -> lis
     if wanted.found:
         return wanted.found
     raise ConfigError(
-        f"client {wanted.client} takes no part in round {wanted.round} of {run.path}"
+        f"{_who(wanted.client)} takes no part in round {wanted.round} of {run.path}, which has rounds 1 to {end}"
         + (f" in a phase {wanted.phase}" if wanted.phase else "")
     )
 
@@ -235,6 +239,10 @@ def _nearest(run: RunDir, round_num: int) -> Any:
         if done < round_num and not (saved := tree_of(path))["content"]["progress"].finalized:
             return saved
     return None
+
+
+def _who(client: int) -> str:
+    return "the server" if client == SERVER else f"client {client}"
 
 
 def _end(run: RunDir, planned: int) -> int:
@@ -300,7 +308,7 @@ def _show(visit: Replay) -> None:
     from fedsim.report.text import align
 
     out, r = visit.outcome, visit.recorded
-    who = "the server" if visit.client == SERVER else f"client {visit.client}"
+    who = _who(visit.client)
     loss = f", mean loss {out.losses[0] / out.scored[0]:.4f}" if out.scored[0] else ""
     print(
         f"round {visit.round}, {who}, phase {visit.phase}: {out.num_examples[0]} examples, {out.steps[0]} steps{loss}"

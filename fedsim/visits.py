@@ -91,7 +91,7 @@ def read(path: Path) -> Iterator[Record]:
     except FileNotFoundError as exc:
         raise ConfigError(f"{path} does not exist; is {path.parent} a run directory?") from exc
     except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"cannot read {path}: {exc}") from exc
+        raise ConfigError(f"cannot read {path}: {exc}; restore it from a copy") from exc
     whole = text[: text.rfind("\n") + 1]
     types = [{"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Record)]
     for number, row in enumerate(csv.reader(io.StringIO(whole)), start=1):

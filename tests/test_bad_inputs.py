@@ -29,6 +29,8 @@ from tests.cli import QUICK, ROOT, Fedsim, only_run, process
 #: Command line, and what its line must say.
 REFUSED: list[tuple[str, str]] = [
     # keys
+    ("data._target_=tests.wrong.Regression partition=dirichlet", "divides by class, and line has none (regression)"),
+    ("strategy=fedsgd client.drop_last=true", "client.drop_last=true has no effect with strategy=FedSGD"),
     ("report", "fedsim report needs a run directory"),
     ("report runs", "runs does not exist"),
     ("report . ot=x.html", "has no option ot= (did you mean 'out'?)"),

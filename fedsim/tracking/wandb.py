@@ -80,6 +80,14 @@ class Wandb:
         self._group, self._tags, self._name = group, tuple(tags), name
         self._run: Run | None = None
 
+    def check(self) -> None:
+        """Refuses a mode that needs credentials which are not there, or cannot be right.
+
+        Raises:
+            ConfigError: Says which.
+        """
+        self._resolve_mode()
+
     def start(self, run: RunInfo) -> None:
         """Starts the W&B run, or goes on with it, and tells it the rounds that it lacks.
 
