@@ -103,8 +103,10 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
         raise ConfigError(
             f"strategy {_short(config['strategy'])} needs a `step` or a `round`: the server's half of a method"
         )
+    tuned = ("client.batch_size", "client.drop_last") if config["eval"]["finetune_epochs"] else ()
     for override in explicit:
-        if why := strategy.unused.get(override.lstrip("+~").split("=")[0]):
+        key = override.lstrip("+~").split("=")[0]
+        if key not in tuned and (why := strategy.unused.get(key)):
             raise ConfigError(f"{override} has no effect with strategy={_short(config['strategy'])}: {why}; remove it")
     recipes = [(name, instantiate(node, f"recipe.{name}")) for name, node in config["recipe"].items()]
     dataset, server, kept = _load_data(config, seed)

@@ -367,8 +367,9 @@ class Federation:
         Args:
             state: Server state.
             clients: Client ids.
-            mode: ``global``; ``personal`` for the client's own model (`Strategy.personal`); ``finetuned`` for the
-                global model after plain local training, of which nothing is kept.
+            mode: ``global``; ``personal`` for the client's own model (`Strategy.personal`); ``finetuned`` for what
+                a visit would start from (the global model, with the client's own private parameters and statistics)
+                after plain local training, of which nothing is kept.
             epochs: Local epochs of that training.
         """
         handle = self.engine.put(self.payload(state))

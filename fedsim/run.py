@@ -210,11 +210,11 @@ class Driver:
 
     def _work(self) -> dict[str, Any]:
         p = self.progress
+        self._visits = Visits(self.run_dir.visits, None if p.state is None else p.round_num + p.finalized)
         for old in (self.run_dir.summary, self.run_dir.report):  # of fewer rounds; now nothing refuses to go on
             old.unlink(missing_ok=True)
         write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
         self.run_dir.failure.unlink(missing_ok=True)
-        self._visits = Visits(self.run_dir.visits, None if p.state is None else p.round_num + p.finalized)
         try:
             if p.state is None:
                 self._prepare()
@@ -234,7 +234,8 @@ class Driver:
         """Says how to look at the visit alone; what it raised is kept for `fedsim.replay` to compare."""
         if error.visit is not None:
             write_atomic(self.run_dir.failure, dumps({**error.visit, "error": str(error)}, indent=2) + "\n")
-            words = [f"{k}={v}" for k, v in error.visit.items() if (k, v) != ("phase", "train")]
+            named = {k: v for k, v in error.visit.items() if k != "visit" and (k, v) != ("phase", "train")}
+            words = [f"{k}={v}" for k, v in named.items()]
             error.add_note(f"alone: fedsim replay {shlex.quote(str(self.run_dir.path))} {' '.join(words)}")
 
     def _elapsed(self) -> float:

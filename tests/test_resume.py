@@ -395,7 +395,7 @@ def test_what_is_compared_differs_between_runs(lab: Lab) -> None:
 def test_a_finished_run_without_its_checkpoints_keeps_its_results(tmp_path: Path) -> None:
     first = simulate([*FEDAVG, f"run_dir={tmp_path}"])
     for folder in (shutil.rmtree, Path.mkdir):  # deleted to save space; there, but empty
-        folder(first.run_dir / "checkpoints")  # type: ignore[operator]
+        folder(first.run_dir / "checkpoints")
         before = outcome(first.run_dir)
         for more in ([], ["rounds=9"]):
             with pytest.raises(ConfigError, match=r"is finished, but has no checkpoint to go on from"):

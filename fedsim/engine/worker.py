@@ -78,7 +78,7 @@ class Worker:
                 out.kept.append(tree.fingerprint(new))
             except Exception as exc:
                 error = ClientError(f"{_where(task, i, program.seed)}: {_what(exc)}")
-                raise error.of(task.round_num, client, task.phase) from exc
+                raise error.of(task.round_num, client, task.phase, task.visits[i]) from exc
             out.memory.append(new)
             out.bytes_up.append(0 if client == SERVER else sum(_charge(program, e) for e in entries.values()))
             out.scored.append(local.stats.scored)

@@ -223,8 +223,9 @@ class Wandb:
             self._run = None
             import wandb
 
-            with suppress(Exception):  # a service that is gone would be noisy at exit, and in the way of the next run
-                wandb.teardown(1)
+            if wandb.run is None:  # a run of whoever calls `simulate` uses the same service
+                with suppress(Exception):  # one that is gone would be noisy at exit, and in the way of the next run
+                    wandb.teardown(1)
 
 
 def asked() -> Mode | None:
