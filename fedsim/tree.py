@@ -113,15 +113,15 @@ def sha256(tree: Tree) -> str:
     return hashlib.sha256(json.dumps(node, allow_nan=False).encode()).hexdigest()
 
 
-FOLD = 512  # width to which `fingerprint` folds a long tensor
+FOLD = 509  # width to which `fingerprint` folds a long tensor; a prime, so that layers and rows fold unevenly
 
 
 def fingerprint(tree: Any) -> str:
     """A quick hash, to tell whether a computation gave the same bits: any one bit that differs shows.
 
-    A long tensor is first folded: its numbers, as integers, are summed along the rows and the columns of a table (at
-    1e5 to 1e7 numbers a sixth to a third of the time of SHA-256). It is no protection against someone who wants two
-    trees to have the same hash.
+    A long tensor is first folded: its numbers, as integers, are written into the rows of a table, and the columns are
+    summed. So two numbers that changed places within a column do not show, and it is no protection against someone who
+    wants two trees to have the same hash (docs/decisions/006-fingerprints.md).
 
     Args:
         tree: Dicts, lists, tuples, tensors, NumPy arrays, numbers, strings, None; of anything else the type counts.
@@ -130,12 +130,12 @@ def fingerprint(tree: Any) -> str:
         16 hexadecimal digits.
     """
     h = hashlib.sha256()
-    _feed(h, tree)
+    feed(h, tree)
     return h.hexdigest()[:16]
 
 
-def _feed(h: hashlib._Hash, x: Any) -> None:
-    """Adds a tree to a hash; every part says what it is, and how long."""
+def feed(h: hashlib._Hash, x: Any) -> None:
+    """Adds a tree to the hash of a `fingerprint`; every part says what it is, and how long."""
     if isinstance(x, Tensor):
         dense = x.detach().resolve_conj().resolve_neg().contiguous()
         h.update(f"t{dense.dtype}{list(dense.shape)}".encode())
@@ -145,11 +145,11 @@ def _feed(h: hashlib._Hash, x: Any) -> None:
         h.update(b"m%d" % len(x))
         for key in sorted(x, key=str):
             h.update(f"{type(key).__name__}{key!r}".encode())
-            _feed(h, x[key])
+            feed(h, x[key])
     elif isinstance(x, list | tuple):
         h.update(f"{type(x).__name__}{len(x)}".encode())
         for item in x:
-            _feed(h, item)
+            feed(h, item)
     elif isinstance(x, bool | int | float | str | bytes) or x is None:
         h.update(f"{type(x).__name__}{x!r};".encode())
     elif isinstance(x, np.ndarray | np.generic):
@@ -160,7 +160,7 @@ def _feed(h: hashlib._Hash, x: Any) -> None:
 
 
 def _folded(dense: Tensor) -> list[Tensor]:
-    """A contiguous tensor as integers, ``[n]``; a long one as sums over the rows and columns of a table, and a rest."""
+    """A contiguous tensor as integers, ``[n]``; a long one as the sums of a table's columns, and a rest."""
     flat = dense.as_strided((dense.numel(),), (1,))
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = flat.view(width.get(flat.element_size(), torch.uint8))
@@ -168,7 +168,7 @@ def _folded(dense: Tensor) -> list[Tensor]:
         return [flat]
     rows = len(flat) // FOLD
     table = flat[: rows * FOLD].view(rows, FOLD)
-    return [table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64), flat[rows * FOLD :]]
+    return [table.sum(0, dtype=torch.int64), flat[rows * FOLD :]]
 
 
 def _describe(tensor: Tensor) -> dict[str, Any]:

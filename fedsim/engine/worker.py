@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,13 +74,14 @@ class Worker:
                         entries["buffers"] = Entry("mean", own.unsqueeze(0))
                     elif program.options.buffers == "local":
                         new["buffers.local"] = own
-                self._reduce(out, trees, entries, local, task.first_leaf + i, task.num_leaves)
-                out.entries.append(tree.fingerprint({n: (e.kind, e.value, e.weight) for n, e in entries.items()}))
-                out.kept.append(tree.fingerprint(new))
+                kept = tree.fingerprint(new)
+                sent_up = self._reduce(out, trees, entries, local, task.first_leaf + i, task.num_leaves)
             except Exception as exc:
                 error = ClientError(f"{_where(task, i, program.seed)}: {_what(exc)}")
                 raise error.of(task.round_num, client, task.phase, task.visits[i]) from exc
             out.memory.append(new)
+            out.kept.append(kept)
+            out.entries.append(sent_up)
             out.bytes_up.append(0 if client == SERVER else sum(_charge(program, e) for e in entries.values()))
             out.scored.append(local.stats.scored)
             out.steps.append(local.stats.steps)
@@ -91,7 +93,9 @@ class Worker:
 
     def _reduce(
         self, out: Outcome, trees: dict[str, TreeSum], entries: dict[str, Entry], local: Local, place: int, size: int
-    ) -> None:
+    ) -> str:
+        """Adds a client's entries; returns their fingerprint, taken while they are in the processor's cache."""
+        h = hashlib.sha256()
         kinds = {name: e.kind for name, e in entries.items()}
         if out.kinds and out.kinds != kinds:
             raise ClientError(
@@ -101,17 +105,21 @@ class Worker:
         for name, entry in entries.items():
             if entry.kind == "concat":
                 out.rows.setdefault(name, []).append(map_tensors(_keep, entry.value[0]))
+                tree.feed(h, (name, entry.value))
                 continue
             if not isinstance(entry.value, Tensor) or not entry.value.dim() or len(entry.value) != 1:
                 raise ClientError(f"entry '{name}' must be a tensor with the client axis first, [1, ...]")
             if entry.kind == "stack":
                 # The sum is finite only if every number is: cheaper than isfinite, and nothing overflows float64.
                 _finite(name, entry.value.double().sum())
+                tree.feed(h, (name, entry.value))
                 out.rows.setdefault(name, []).append(_keep(entry.value[0]))
                 continue
             value = leaf(entry, local.num_examples.to(entry.value.device))
             _finite(name, value[0].sum())
+            tree.feed(h, (name, entry.kind, value))
             trees.setdefault(name, TreeSum(size)).add((0, place), value)
+        return h.hexdigest()[:16]
 
     def _bind_buffers(self, program: Program, shared: Tensor | None, rows: Mapping[str, Tensor]) -> Tensor | None:
         network = program.network

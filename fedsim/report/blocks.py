@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from fedsim.report.compare import Cell
 
-
 #: Marks of curves by their names in Matplotlib, as SVG paths around the origin.
 _OUTLINES = {
     "o": "M-3.5 0A3.5 3.5 0 1 0 3.5 0A3.5 3.5 0 1 0 -3.5 0Z",

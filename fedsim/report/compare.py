@@ -206,7 +206,8 @@ class Table:
         """Every number of the summaries, a line per row: ``<key>_mean`` and ``<key>_std`` (of a sample).
 
         Fractions, bytes and seconds, to twelve significant digits. ``seeds`` is their number, as in the other formats,
-        ``seed_list`` says which; ``<target>_seeds`` is the number of those that reached the target. Empty: a row does not have it; no deviation of a single run.
+        ``seed_list`` says which; ``<target>_seeds`` is the number of those that reached the target.
+        Empty: a row does not have it; no deviation of a single run.
         """
         keys = dict.fromkeys(key for row in self.rows for key in row.stats)
         out = io.StringIO()

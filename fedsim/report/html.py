@@ -56,7 +56,8 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     Args:
         runs: Run directories, or folders of them. An unfinished run is shown as far as it came; one of a folder that
             has no finished round is left out, which the page says.
-        out: The file to write, ``<name>.html``; an earlier report is replaced, nothing else; default: ``report.html`` in the run directory, of several runs in the deepest folder
+        out: The file to write, ``<name>.html``; an earlier report is replaced, nothing else; default:
+            ``report.html`` in the run directory, of several runs in the deepest folder
             that holds them all.
 
     Returns:

@@ -6,7 +6,7 @@ import base64
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import cycle, repeat
+from itertools import chain, cycle, repeat
 from typing import TYPE_CHECKING, Any
 
 from fedsim.report.blocks import Block, Heading, Key, Legend, Note, Picture, Pictures, Table
@@ -82,7 +82,7 @@ def _lines_of_run(run: Run, keys: Mapping[str, str], axis: Axis) -> Iterator[Lin
     for (key, name), colour, dash in zip(keys.items(), COLOURS, (DASHES[0], DASHES[2], DASHES[1]), strict=False):
         x, y, _ = seeds_line([run.records], key, axis)
         if x:
-            yield Line(name, colour, dash, x, y)
+            yield Line(name, colour, dash, x, y, width=1.3 if dash else 1.8)
 
 
 def _lines_of_groups(groups: Sequence[Group], key: str, axis: Axis) -> Iterator[Line]:
@@ -219,8 +219,9 @@ def _alone(groups: Sequence[Group]) -> bool:
 
 def _keys(groups: Sequence[Group]) -> list[Key]:
     """A colour, a kind of line and a mark for every row; later ones are thinner, to be seen on top of equal curves."""
-    kinds = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKS), (3.2, *repeat(1.6, len(groups) - 1)), strict=False)
-    return [Key(g.label, *kind) for g, kind in zip(groups, kinds, strict=True)]
+    widths = chain([3.2 if len(groups) > 1 else 1.8], repeat(1.6))
+    kinds = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKS), widths, strict=False)
+    return [Key(g.label, *kind) for g, kind in zip(groups, kinds, strict=False)]
 
 
 def _legend_of(lines: Sequence[Line]) -> list[Key]:
