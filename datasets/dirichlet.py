@@ -12,6 +12,7 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,6 +34,8 @@ class Dirichlet:
         alpha: Concentration, > 0: near 0 a class goes to one client, large is IID; ``inf`` is allowed.
         min_size: Fewest examples of a client.
     """
+
+    needs_classes: ClassVar = True
 
     num_clients: int
     alpha: float

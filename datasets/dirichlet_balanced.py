@@ -16,6 +16,7 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,6 +40,8 @@ class DirichletBalanced:
         num_clients: Number of clients, K.
         alpha: Concentration, > 0: near 0 a client has few classes, large is IID; ``inf`` is allowed.
     """
+
+    needs_classes: ClassVar = True
 
     num_clients: int
     alpha: float

@@ -13,6 +13,7 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,6 +31,8 @@ class Pathological:
         num_clients: Number of clients, K.
         classes_per_client: Distinct classes of a client, from 1 to the number of classes.
     """
+
+    needs_classes: ClassVar = True
 
     num_clients: int
     classes_per_client: int = 2

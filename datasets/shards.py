@@ -12,6 +12,7 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class Shards:
         shards_per_client: Shards of a client, s. Where no class is smaller than a shard, a shard has one or two
             classes, and a client at most 2 s.
     """
+
+    needs_classes: ClassVar = True
 
     num_clients: int
     shards_per_client: int = 2

@@ -55,6 +55,7 @@ class Checkpoints:
             raise RunError(f"no checkpoint can be written after round {round_num}: {exc}") from exc
         data = save({k: t.to("cpu", copy=True).contiguous() for k, t in tensors.items()}, {"tree": text})
         path = self._folder / f"{round_num:08d}-{hashlib.sha256(data).hexdigest()[:16]}.safetensors"
+        self._folder.mkdir(parents=True, exist_ok=True)  # perhaps deleted to save space
         write_atomic(path, data)
         self._kept.pop(path, None)
         self._kept[path] = segments

@@ -30,9 +30,9 @@ fedsim: simulated federated learning
   fedsim partition [key=value ...]  look at a partition     fedsim partition partition.alpha=0.1
   fedsim compare <run> ...          table of several runs   fedsim compare runs/fedavg-digits runs/fedprox-digits
   fedsim report <run> ...           page about runs         fedsim report runs/fedavg-digits runs/fedprox-digits
-  fedsim replay <run> round= client=  one visit alone       fedsim replay runs/fedavg-digits/2026... round=7 client=42
+  fedsim replay <run> <which>       one visit alone         fedsim replay runs/fedavg-digits/2026... round=7 client=42
   fedsim cluster up|down|status     a local Ray cluster     fedsim cluster up nodes=2 cpus=1
-  fedsim doctor                     is all well here?
+  fedsim doctor                     is all well here?       fedsim doctor
 
   --dry-run           build everything and print what a run would cost, without training
   --cfg               print the resolved config
@@ -337,7 +337,12 @@ def _partition(args: list[str]) -> None:
     ]
     for kind, draw in (("bubbles", plot_bubbles), ("heatmap", plot_heatmap)):
         path = folder / f"{exp.name.partition('-')[2] or exp.name}-{exp.partition.sha256()[:8]}-{kind}.png"
-        draw(exp.partition, labels, names, path, title)
+        try:
+            draw(exp.partition, labels, names, path, title)
+        except (OSError, RunError) as exc:
+            raise ConfigError(
+                f"cannot draw {path}: {one_line(exc)}; set run_dir= to a folder that can be written"
+            ) from exc
         rows.append([kind, str(path)])
     print(align(rows, left=2))
 

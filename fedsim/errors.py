@@ -34,14 +34,15 @@ class ClientError(RunError):
     """Local training failed; names the client, the round and the seed.
 
     Attributes:
-        visit: Which visit it was: ``round``, ``client`` and ``phase``; None if it belongs to no single one.
+        visit: Which visit it was: ``round``, ``client``, ``phase``, and ``visit``, which tells the client's visits
+            apart; None if it belongs to no single one.
     """
 
     visit: dict[str, Any] | None = None
 
-    def of(self, round_num: int, client: int, phase: str) -> Self:
+    def of(self, round_num: int, client: int, phase: str, visit: int | str) -> Self:
         """This error, as that of one visit."""
-        self.visit = {"round": round_num, "client": client, "phase": phase}
+        self.visit = {"round": round_num, "client": client, "phase": phase, "visit": str(visit)}
         return self
 
 

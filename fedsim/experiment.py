@@ -103,8 +103,10 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
         raise ConfigError(
             f"strategy {_short(config['strategy'])} needs a `step` or a `round`: the server's half of a method"
         )
+    tuned = ("client.batch_size", "client.drop_last") if config["eval"]["finetune_epochs"] else ()
     for override in explicit:
-        if why := strategy.unused.get(override.lstrip("+~").split("=")[0]):
+        key = override.lstrip("+~").split("=")[0]
+        if key not in tuned and (why := strategy.unused.get(key)):
             raise ConfigError(f"{override} has no effect with strategy={_short(config['strategy'])}: {why}; remove it")
     recipes = [(name, instantiate(node, f"recipe.{name}")) for name, node in config["recipe"].items()]
     dataset, server, kept = _load_data(config, seed)
@@ -129,6 +131,9 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     participation.check(len(clients))
     info = Info(len(clients), dataset.num_classes, program.layout, seed, config["rounds"], config["client"]["lr"])
     trackers = tuple(instantiate(node, f"tracker.{name}") for name, node in config["tracker"].items())
+    for tracker in trackers:
+        if check := getattr(tracker, "check", None):
+            check()
     return Experiment(config, program, participation, system, trackers, partition, info)
 
 
@@ -248,6 +253,11 @@ def _partition(config: Config, dataset: Dataset, kept: Tensor | None, seed: int)
         return dataset.clients, None
     node = {k: v for k, v in config["partition"].items() if k != "holdout"}
     partitioner = instantiate(node, "partition")
+    if not dataset.num_classes and getattr(partitioner, "needs_classes", False):
+        raise ConfigError(
+            f"partition={_short(config['partition'])} divides by class, and {dataset.name} has none (regression); "
+            "choose partition=iid, quantity or natural"
+        )
     rows = torch.arange(len(dataset.train)) if kept is None else kept
     labels = dataset.train.y[rows].numpy()
     keys = {name: key[rows].numpy() for name, key in dataset.keys.items()}

@@ -361,7 +361,7 @@ class Federation:
         outcome = self.engine.result(ticket)
         if (error := outcome.done[0].error) is not None:
             raise ClientError(f"{error} (an event-driven strategy cannot go on without it)").of(
-                flight.round_num, client, "train"
+                flight.round_num, client, "train", f"task.{flight.visit}"
             )
         self._keep(piece, outcome)
         self._adopt(piece, outcome.done, outcome.retries)
@@ -399,8 +399,9 @@ class Federation:
         Args:
             state: Server state.
             clients: Client ids.
-            mode: ``global``; ``personal`` for the client's own model (`Strategy.personal`); ``finetuned`` for the
-                global model after plain local training, of which nothing is kept.
+            mode: ``global``; ``personal`` for the client's own model (`Strategy.personal`); ``finetuned`` for what
+                a visit would start from (the global model, with the client's own private parameters and statistics)
+                after plain local training, of which nothing is kept.
             epochs: Local epochs of that training.
         """
         handle = self.engine.put(self.payload(state))

@@ -2,13 +2,16 @@
 
 The server's state comes from the newest checkpoint before the round, and the rounds between are computed again. In the
 round itself a client's visit is run as soon as it is handed out, and nothing runs after it; what went before in the
-same round (a phase that the visit follows) runs in full. Nothing in the run directory is written.
+same round runs in full: a phase that the visit follows, the first pieces of a cohort of thousands. Nothing in the run
+directory is written.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
+import shutil
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,13 +24,13 @@ from fedsim.checkpoint import files, tree_of
 from fedsim.config import check, config_hash, load
 from fedsim.engine.base import EvalTask, Outcome, Task
 from fedsim.engine.inline import InlineEngine
-from fedsim.errors import ClientError, ConfigError, RunError, did_you_mean
+from fedsim.errors import ClientError, ConfigError, FedsimError, RunError, did_you_mean
 from fedsim.experiment import Experiment, build
 from fedsim.federation import Federation
 from fedsim.memory import Memory
 from fedsim.reduce import lane
 from fedsim.run import Progress
-from fedsim.rundir import RunDir
+from fedsim.rundir import RunDir, read_summary
 from fedsim.strategy import SERVER
 from fedsim.visits import Record, read
 
@@ -44,7 +47,7 @@ class Replay:
         phase: ``train`` or the name of a phase.
         visit: What tells the client's visits apart.
         outcome: What it sent, as sums over this client alone; ``outcome.done[0]`` is the visit.
-        recorded: What the run wrote down of it; None if its round was never finished.
+        recorded: What the run wrote down of it; None if it did not, as of a round that was never finished.
     """
 
     round: int
@@ -121,27 +124,32 @@ class _Wanted:
         if self.failure.get("round") != round_num or self.failure.get("client") != client:
             self.failure = {}
         elif phase is None:
-            self.phase = self.failure["phase"]
+            self.phase = self.failure.get("phase")
         own: list[Record] = []
         others: list[Record] = []
-        last = 0
+        last, events = 0, False
         for record in read(run.visits):
             last = max(last, record.booked)
+            events |= record.visit.startswith("task.")
             if record.round == round_num:
                 (own if record.client == client else others).append(record)
         self.records = {(r.phase, r.visit): r for r in own if self.phase in (None, r.phase)}
+        if run.summary.exists() and last < (planned := read_summary(run.summary)["rounds"]):
+            raise ConfigError(
+                f"{run.visits} ends with round {last} of {planned}: it is damaged; restore it from a copy"
+            )
         if not 0 <= round_num <= last + 1:
-            raise ConfigError(f"round={round_num}: {run.path} has done {last} rounds")
+            raise ConfigError(f"round={round_num}: {run.path} has done rounds 1 to {last}")
         if own and not self.records:
             phases = sorted({r.phase for r in own})
             raise ConfigError(
                 f"client {client} has no phase {phase} in round {round_num}{did_you_mean(phase or '', phases)}; "
                 f"it has: {', '.join(phases)}"
             )
-        # What an event-driven client was given in this round may still be under way.
-        if others and not own and all(r.booked == round_num for r in others):
+        # What an event-driven client was given may still be under way, or have raised.
+        if others and not own and not events and not self.failure and round_num < last:
             raise ConfigError(
-                f"client {client} took no part in round {round_num} of {run.path}; "
+                f"{_who(client)} took no part in round {round_num} of {run.path}; "
                 "the columns round and client of visits.csv say who did"
             )
 
@@ -152,9 +160,9 @@ class _Wanted:
     @property
     def complete(self) -> bool:
         """Whether there is nothing more to look for."""
-        if self.records:
-            return len(self.found) >= len(self.records)
-        return not self.failure  # of a round that was never finished: the first visit, or the one that raises
+        if self.failure:
+            return False  # until the visit that raised does so again
+        return len(self.found) >= max(1, len(self.records))  # of a round that was never finished, the first
 
 
 class _Found(BaseException):
@@ -194,7 +202,8 @@ class _Alone(InlineEngine):
 
 def _rounds(exp: Experiment, run: RunDir, wanted: _Wanted, scratch: Path) -> list[Replay]:
     """Goes from the nearest checkpoint to the visits."""
-    saved, end = _nearest(run, wanted.round), _end(run, exp.config["rounds"])
+    finalizes = rounds.finalizes(exp.program.strategy)
+    saved, end = _nearest(run, wanted.round, finalizes, scratch), _end(run, exp.config["rounds"])
     memory = Memory(scratch, exp.config["checkpoint"]["memory"] == "disk")
     engine = _Alone(exp, wanted)
     try:
@@ -203,8 +212,6 @@ def _rounds(exp: Experiment, run: RunDir, wanted: _Wanted, scratch: Path) -> lis
         if saved is not None:
             if saved["content"]["config"] != config_hash({**exp.config, "rounds": 0}):
                 raise ConfigError(f"{run.path}: the checkpoints belong to another config than config.yaml; restore it")
-            for name in saved["memory"]:  # Memory tidies its folder up: it gets one of its own
-                (scratch / name).symlink_to((run.checkpoints / "memory" / name).resolve())
             memory.restore(saved["memory"])
             fed.restore(saved["content"]["federation"])
             number, state = saved["content"]["progress"].round_num, saved["content"]["progress"].state
@@ -223,25 +230,61 @@ def _rounds(exp: Experiment, run: RunDir, wanted: _Wanted, scratch: Path) -> lis
     if wanted.found:
         return wanted.found
     raise ConfigError(
-        f"client {wanted.client} takes no part in round {wanted.round} of {run.path}"
+        f"{_who(wanted.client)} takes no part in round {wanted.round} of {run.path}, which has rounds 1 to {end}"
         + (f" in a phase {wanted.phase}" if wanted.phase else "")
     )
 
 
-def _nearest(run: RunDir, round_num: int) -> Any:
-    """The newest checkpoint from before a round; None: start from nothing."""
-    for path in reversed(files(run.checkpoints)):
-        done = int(path.name.partition("-")[0])
-        if done < round_num and not (saved := tree_of(path))["content"]["progress"].finalized:
+def _nearest(run: RunDir, round_num: int, finalizes: bool, scratch: Path) -> Any:
+    """The newest checkpoint from before a round that is whole; None: start from nothing.
+
+    Its segments of client memory are linked into ``scratch``: a run that goes on removes old ones.
+    """
+    for path in reversed(_files(run)):
+        if int(path.name.partition("-")[0]) >= round_num:
+            continue
+        try:
+            saved = tree_of(path)
+            for name in saved["memory"]:
+                _link(run.checkpoints / "memory" / name, scratch / name)
+        except (FedsimError, FileNotFoundError) as exc:
+            log.warning("a replay cannot start from %s (%s); it starts earlier", path.name, exc)
+            continue
+        if not (saved["content"]["progress"].finalized and finalizes):
             return saved
     return None
 
 
+def _link(source: Path, target: Path) -> None:
+    try:
+        target.hardlink_to(source)
+    except FileExistsError:
+        return
+    except FileNotFoundError:
+        raise
+    except OSError:  # another file system
+        shutil.copy(source, target)
+
+
+def _files(run: RunDir) -> list[Path]:
+    """The checkpoints, oldest first, of a run that may be removing old ones at this moment."""
+    for _ in range(10):
+        with contextlib.suppress(FileNotFoundError):
+            return files(run.checkpoints)
+    return []
+
+
 def _end(run: RunDir, planned: int) -> int:
     """The last round, after which comes `Strategy.finalize`."""
-    newest = files(run.checkpoints)[-1:]
-    p: Progress | None = tree_of(newest[0])["content"]["progress"] if newest else None
-    return p.round_num if p is not None and (p.stopped or p.finalized) else planned
+    for path in reversed(_files(run)):
+        with contextlib.suppress(FedsimError):
+            p: Progress = tree_of(path)["content"]["progress"]
+            return p.round_num if p.stopped or p.finalized else planned
+    return planned
+
+
+def _who(client: int) -> str:
+    return "the server" if client == SERVER else f"client {client}"
 
 
 def _failure(run: RunDir) -> dict[str, Any]:
@@ -300,7 +343,7 @@ def _show(visit: Replay) -> None:
     from fedsim.report.text import align
 
     (done,), r = visit.outcome.done, visit.recorded
-    who = "the server" if visit.client == SERVER else f"client {visit.client}"
+    who = _who(visit.client)
     loss = f", mean loss {done.loss / done.scored:.4f}" if done.scored else ""
     print(f"round {visit.round}, {who}, phase {visit.phase}: {done.num_examples} examples, {done.steps} steps{loss}")
     rows = []
@@ -308,6 +351,6 @@ def _show(visit: Replay) -> None:
         ("entries", visit.entries, r and r.entries),
         ("memory", visit.memory, r and r.memory),
     ):
-        said = "not recorded: the round was not finished" if then is None else "as recorded"
+        said = "not recorded" if then is None else "as recorded"
         rows.append([f"  {name}", now, said if then in (None, now) else f"DIFFERS: {then} was recorded"])
     print(align(rows, left=3))

@@ -178,6 +178,7 @@ class Driver:
         self.rounds = exp.config["rounds"]
         self.progress = Progress()
         self._visits: Visits | None = None
+        self._note = ""
         self._begin = self._saved = time.monotonic()
         self._scores: dict[str, list[Score]] = {}  # of the latest evaluation of clients, by mode
         self._local_buffers = exp.program.options.buffers == "local" and exp.program.network.buffer_layout.d > 0
@@ -188,7 +189,8 @@ class Driver:
         """All rounds, and what is written at the end; ``sweep``: the name of the sweep that this is a job of."""
         self.progress = p = self._start()
         self._begin = time.monotonic() - p.wall_seconds
-        info = RunInfo(self.run_dir.path, self.rounds, self.exp.describe(), self.config, p.round_num, sweep)
+        described = self.exp.describe() | ({"note": self._note} if self._note else {})
+        info = RunInfo(self.run_dir.path, self.rounds, described, self.config, p.round_num, sweep)
         summary: dict[str, Any] = {}
         status: Status = "failed"
         try:
@@ -209,11 +211,11 @@ class Driver:
 
     def _work(self) -> dict[str, Any]:
         p = self.progress
+        self._visits = Visits(self.run_dir.visits, None if p.state is None else p.round_num + p.finalized)
         for old in (self.run_dir.summary, self.run_dir.report):  # of fewer rounds; now nothing refuses to go on
             old.unlink(missing_ok=True)
         write_atomic(self.run_dir.config, conf.dump({**self.config, "resume": None}))
         self.run_dir.failure.unlink(missing_ok=True)
-        self._visits = Visits(self.run_dir.visits, None if p.state is None else p.round_num + p.finalized)
         try:
             if p.state is None:
                 self._prepare()
@@ -233,7 +235,8 @@ class Driver:
         """Says how to look at the visit alone; what it raised is kept for `fedsim.replay` to compare."""
         if error.visit is not None:
             write_atomic(self.run_dir.failure, dumps({**error.visit, "error": str(error)}, indent=2) + "\n")
-            words = [f"{k}={v}" for k, v in error.visit.items() if (k, v) != ("phase", "train")]
+            named = {k: v for k, v in error.visit.items() if k != "visit" and (k, v) != ("phase", "train")}
+            words = [f"{k}={v}" for k, v in named.items()]
             error.add_note(f"alone: fedsim replay {shlex.quote(str(self.run_dir.path))} {' '.join(words)}")
 
     def _elapsed(self) -> float:
@@ -245,6 +248,7 @@ class Driver:
     def _start(self) -> Progress:
         saved = self.checkpoints.load()
         if saved is None:
+            self._check_start()
             log.info("started")
             self._write_partition()
             return Progress()
@@ -269,6 +273,18 @@ class Driver:
         if not self._is_finished():
             log.info("resumed after round %d", p.round_num)
         return p
+
+    def _check_start(self) -> None:
+        """Without a checkpoint everything would be made anew: never over the results of a finished run."""
+        run = self.run_dir
+        if run.summary.exists():
+            raise ConfigError(
+                f"{run.path} is finished, but has no checkpoint to go on from: it would start from the beginning and "
+                "lose its results; restore checkpoints/, or start a new run"
+            )
+        if run.metrics.exists() and read_metrics(run.metrics):
+            log.warning("%s: no checkpoint was found; starts from the beginning", run.path)
+            self._note = "no checkpoint was found: starts from the beginning"
 
     def _is_finished(self) -> bool:
         """Whether an earlier process has done everything."""

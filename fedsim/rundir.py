@@ -300,7 +300,11 @@ class RunDir:
         if not path.is_dir():
             raise ConfigError(f"{path} is not a directory; a run directory looks like runs/<name>/<timestamp>-<hash>")
         if not (path / "config.yaml").is_file():
-            raise ConfigError(f"{path} is not a run directory: it has no config.yaml")
+            inside = sorted(p.parent for p in path.glob("*/config.yaml")) or sorted(
+                p.parent for p in path.glob("*/*/config.yaml")
+            )
+            hint = f"; it holds {len(inside)}, the newest is {inside[-1]}" if inside else ""
+            raise ConfigError(f"{path} is not a run directory: it has no config.yaml{hint}")
         return cls(path)
 
     @property

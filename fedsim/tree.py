@@ -22,6 +22,7 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -112,38 +113,54 @@ def sha256(tree: Tree) -> str:
     return hashlib.sha256(json.dumps(node, allow_nan=False).encode()).hexdigest()
 
 
-FOLD = 512  # width to which `fingerprint` folds a long tensor
+FOLD = 509  # width to which `fingerprint` folds a long tensor; a prime, so that layers and rows fold unevenly
 
 
-def fingerprint(tree: Tree) -> str:
-    """A quick hash of a tree, to tell whether a computation gave the same bits: any one bit that differs shows.
+def fingerprint(tree: Any) -> str:
+    """A quick hash, to tell whether a computation gave the same bits: any one bit that differs shows.
 
-    Like `sha256`, but a long tensor is first folded: its numbers, as integers, are summed along the rows and the
-    columns of a table. That costs a tenth of SHA-256, which would be a twentieth of a small client's visit. It is no
-    protection against someone who wants two trees to have the same hash.
+    A long tensor is first folded: its numbers, as integers, are written into the rows of a table, and the columns are
+    summed. So two numbers that changed places within a column do not show, and it is no protection against someone who
+    wants two trees to have the same hash (docs/decisions/006-fingerprints.md).
 
     Args:
-        tree: As for `flatten`; tensors may be views, or require gradients.
+        tree: Dicts, lists, tuples, tensors, NumPy arrays, numbers, strings, None; of anything else the type counts.
 
     Returns:
         16 hexadecimal digits.
-
-    Raises:
-        TypeError: As `flatten`.
     """
+    h = hashlib.sha256()
+    feed(h, tree)
+    return h.hexdigest()[:16]
 
-    def leaf(tensor: Tensor, path: str) -> dict[str, Any]:
-        h = hashlib.sha256()
-        for part in _folded(tensor.detach().resolve_conj().resolve_neg().contiguous()):
+
+def feed(h: hashlib._Hash, x: Any) -> None:
+    """Adds a tree to the hash of a `fingerprint`; every part says what it is, and how long."""
+    if isinstance(x, Tensor):
+        dense = x.detach().resolve_conj().resolve_neg().contiguous()
+        h.update(f"t{dense.dtype}{list(dense.shape)}".encode())
+        for part in _folded(dense):
             h.update(part.cpu().numpy().data)
-        return {"tensor": h.hexdigest(), **_describe(tensor)}
-
-    node = _encode(tree, ROOT, leaf, ordered=False, strict=False)
-    return hashlib.sha256(json.dumps(node, allow_nan=False).encode()).hexdigest()[:16]
+    elif isinstance(x, Mapping):
+        h.update(b"m%d" % len(x))
+        for key in sorted(x, key=str):
+            h.update(f"{type(key).__name__}{key!r}".encode())
+            feed(h, x[key])
+    elif isinstance(x, list | tuple):
+        h.update(f"{type(x).__name__}{len(x)}".encode())
+        for item in x:
+            feed(h, item)
+    elif isinstance(x, bool | int | float | str | bytes) or x is None:
+        h.update(f"{type(x).__name__}{x!r};".encode())
+    elif isinstance(x, np.ndarray | np.generic):
+        h.update(f"n{x.dtype}{x.shape}".encode())
+        h.update(x.tobytes())
+    else:
+        h.update(f"{type(x).__module__}.{type(x).__qualname__};".encode())
 
 
 def _folded(dense: Tensor) -> list[Tensor]:
-    """A contiguous tensor as integers, ``[n]``; a long one as sums over the rows and columns of a table, and a rest."""
+    """A contiguous tensor as integers, ``[n]``; a long one as the sums of a table's columns, and a rest."""
     flat = dense.as_strided((dense.numel(),), (1,))
     width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     flat = flat.view(width.get(flat.element_size(), torch.uint8))
@@ -151,7 +168,7 @@ def _folded(dense: Tensor) -> list[Tensor]:
         return [flat]
     rows = len(flat) // FOLD
     table = flat[: rows * FOLD].view(rows, FOLD)
-    return [table.sum(0, dtype=torch.int64), table.sum(1, dtype=torch.int64), flat[rows * FOLD :]]
+    return [table.sum(0, dtype=torch.int64), flat[rows * FOLD :]]
 
 
 def _describe(tensor: Tensor) -> dict[str, Any]:
@@ -168,14 +185,11 @@ def _refuse(path: str, what: object, advice: str) -> TypeError:
     return TypeError(f"{path} is of type {kind.__module__}.{kind.__qualname__}, which cannot be saved; {advice}")
 
 
-def _encode(x: Tree, path: str, leaf: _Leaf, *, ordered: bool, strict: bool = True) -> Any:
-    """The JSON node of ``x``; ``ordered`` keeps the order of dicts, otherwise entries are sorted by key.
-
-    ``strict`` refuses tensors that could not be saved.
-    """
+def _encode(x: Tree, path: str, leaf: _Leaf, *, ordered: bool) -> Any:
+    """The JSON node of ``x``; ``ordered`` keeps the order of dicts, otherwise entries are sorted by key."""
     # Exact types throughout: a subclass (numpy.float64, IntEnum, a named tuple) would come back as something else.
     kind = type(x)
-    recurse = functools.partial(_encode, leaf=leaf, ordered=ordered, strict=strict)
+    recurse = functools.partial(_encode, leaf=leaf, ordered=ordered)
     if x is None or kind is bool or kind is str:
         return x
     if kind is int:
@@ -183,8 +197,7 @@ def _encode(x: Tree, path: str, leaf: _Leaf, *, ordered: bool, strict: bool = Tr
     if kind is float:
         return x if math.isfinite(x) else {"float": str(x)}
     if isinstance(x, Tensor):
-        if strict:
-            _check_tensor(x, path)
+        _check_tensor(x, path)
         return leaf(x, path)
     if kind is list:
         return [recurse(item, f"{path}[{i}]") for i, item in enumerate(x)]

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import csv
 import io
+import logging
 from collections.abc import Iterable, Iterator
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
 from fedsim.errors import ConfigError
 from fedsim.rundir import GrowingFile
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,16 @@ class Visits:
     """
 
     def __init__(self, path: Path, keep: int | None) -> None:
-        kept = [] if keep is None or not path.exists() else [r for r in read(path) if r.booked <= keep]
+        kept: list[Record] = []
+        if keep is not None:
+            bad: list[str] = []
+            found = list(_rows(path, bad)) if path.exists() else []
+            kept = [r for r in found if r.booked <= keep]
+            last = max((r.booked for r in kept), default=0)
+            if bad:
+                log.warning("%s; left out", "; ".join(bad[:3]))
+            if last < keep:
+                log.warning("%s ends with round %d, but the checkpoint holds %d: visits are missing", path, last, keep)
         self._file = GrowingFile(path, HEADER + _lines(kept))
 
     def add(self, records: Iterable[Record]) -> None:
@@ -86,18 +98,33 @@ def read(path: Path) -> Iterator[Record]:
     Raises:
         ConfigError: The file is missing or damaged; names the line.
     """
+    bad: list[str] = []
+    for record in _rows(path, bad):
+        if bad:
+            break
+        yield record
+    if bad:
+        raise ConfigError(f"{bad[0]}; restore the file from a copy")
+
+
+def _rows(path: Path, bad: list[str]) -> Iterator[Record]:
+    """The whole lines of the file; those that are no visits are described in ``bad``.
+
+    Raises:
+        ConfigError: The file is missing or cannot be read.
+    """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8", errors="replace")
     except FileNotFoundError as exc:
         raise ConfigError(f"{path} does not exist; is {path.parent} a run directory?") from exc
-    except (OSError, UnicodeDecodeError) as exc:
-        raise ConfigError(f"cannot read {path}: {exc}") from exc
+    except OSError as exc:
+        raise ConfigError(f"cannot read {path}: {exc.strerror or exc}; restore it from a copy") from exc
     whole = text[: text.rfind("\n") + 1]
     types = [{"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Record)]
-    for number, row in enumerate(csv.reader(io.StringIO(whole)), start=1):
-        if number == 1 and ",".join(row) + "\n" == HEADER:
+    for number, line in enumerate(whole.splitlines(), start=1):
+        if number == 1 and f"{line}\n" == HEADER:
             continue
         try:
-            yield Record(*(kind(cell) for kind, cell in zip(types, row, strict=True)))
+            yield Record(*(kind(cell) for kind, cell in zip(types, line.split(","), strict=True)))
         except ValueError as exc:
-            raise ConfigError(f"{path}:{number}: damaged line ({exc}); restore the file from a copy") from exc
+            bad.append(f"{path}:{number}: damaged line ({str(exc)[:100]})")

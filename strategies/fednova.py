@@ -16,7 +16,9 @@ Departures:
     2. ``tau_eff`` is ``server_lr sum_i p_i ||a_i||_1``. The paper leaves it open; with a proximal term the authors'
        code takes ``sum_i p_i tau_i``.
     3. The weights ``p_i`` of a cohort are its members' shares of examples (``examples``) or equal (``uniform``).
-    4. The authors' code also has momentum on the server; here there is none.
+    4. With momentum rho and ``eta mu > (1 - sqrt(rho))^2`` some coefficients are negative: the pull back overshoots.
+       What is divided by is still their sum, the response to a constant gradient, not ``||a_i||_1``.
+    5. The authors' code also has momentum on the server; here there is none.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class FedNova(FedAvg):
     Attributes:
         server_lr: Factor on ``tau_eff``, > 0.
         mu: Weight of the local ``mu / 2 * |w - start|^2``, >= 0 and at most ``(1 - client.momentum) / client.lr``:
-            above, coefficients of both signs could cancel.
+            above, the sum of the coefficients could fall below that of one step, and to 0.
         normalise: False averages updates as they are, which is FedAvg, or FedProx if ``mu > 0``. (With equal work on
             all clients FedNova is FedAvg too, up to rounding: ``delta / work * work`` is not ``delta`` in floats.)
     """
@@ -117,6 +119,8 @@ def linear_rule(options: ClientOptions, mu: float) -> SGD:
         ConfigError: They are not; says what to change.
     """
     rule = options.optimizer
+    if isinstance(rule, SGD) and rule.dampening:
+        raise ConfigError(f"strategy=fednova needs momentum without dampening, got {rule.dampening:g}")
     if not isinstance(rule, SGD):
         kind = getattr(rule, "name", type(rule).__name__.lower())
         raise ConfigError(
@@ -137,6 +141,7 @@ def linear_rule(options: ClientOptions, mu: float) -> SGD:
     if mu > bound * (1 + 1e-9):  # 0.1 and 1 - 0.9 are equal to whoever wrote them
         raise ConfigError(
             f"strategy.mu must be at most (1 - client.momentum) / client.lr = {bound:g}, got {mu:g}: the pull back "
-            "would overshoot, and coefficients of both signs cancel; lower strategy.mu, client.lr or client.momentum"
+            "would overshoot so far that coefficients of both signs cancel; lower strategy.mu, client.lr or "
+            "client.momentum"
         )
     return rule

@@ -29,7 +29,8 @@ class FedSGD(FedAvg):
     # Not a parent by options of its own: FedAvg under other options of the client is no law that the suite knows.
     parent: ClassVar[str | None] = None
     unused: ClassVar = dict.fromkeys(
-        ("client.epochs", "client.steps", "client.batch_size"), "a visit is one step over all of a client's examples"
+        ("client.epochs", "client.steps", "client.batch_size", "client.drop_last"),
+        "a visit is one step over all of a client's examples",
     )
 
     def planned_steps(self, options: ClientOptions, n: int) -> int:

@@ -24,11 +24,15 @@ def make_run(
 ) -> Path:
     """A finished run of five rounds, of ``records`` where they are given."""
     path.mkdir(parents=True)
-    (path / "config.yaml").write_text(f"seed: {seed}\nrounds: 5\nname: {path.name}\nrun_dir: {path}\n{config}\n")
+    strategy = "" if "strategy:" in config else "strategy: {}\n"
+    (path / "config.yaml").write_text(
+        f"seed: {seed}\nrounds: 5\nname: {path.name}\nrun_dir: {path}\n{strategy}{config}\n"
+    )
+    (path / ".lock").write_text("process 1 on test\n")
     content = {
         "final": {"test_accuracy": accuracy, "test_loss": 0.5},
         "best": {"by": "test_accuracy", "round": 4, "test_accuracy": 0.75, "test_loss": 0.5},
-        "rounds": 5,
+        "rounds": records[-1]["round"] if records else 5,
         "totals": {"bytes_down": 2048, "bytes_up": 1024, "wall_seconds": 2.0 * seed},
         "status": "finished",
         **summary,

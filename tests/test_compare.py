@@ -42,7 +42,7 @@ def test_seeds_are_one_row_with_mean_and_sample_deviation(tmp_path: Path) -> Non
     header, cells = texts(compare(runs))
     assert header == ["run", "seeds", "final acc %", "best acc %", "final loss", "rounds", "down", "up", "wall"]
     assert cells == [
-        "strategy=FedAvg", "3", "50.00 ± 25.00", "75.00", "0.5000", "5", "2.0 KiB", "1.0 KiB", "4.0 s ± 2.0 s"
+        "strategy=fedavg", "3", "50.00 ± 25.00", "75.00", "0.5000", "5", "2.0 KiB", "1.0 KiB", "4.0 s ± 2.0 s"
     ]  # fmt: skip
 
 
@@ -70,16 +70,16 @@ def test_rows_are_named_after_what_differs(tmp_path: Path) -> None:
     table = compare(runs)
     # mu tells the two FedProx apart; it is not what tells them from FedAvg.
     assert [row.label for row in table.rows] == [
-        "strategy=FedAvg",
-        "strategy=FedProx strategy.mu=0.1",
-        "strategy=FedProx strategy.mu=0.001",
+        "strategy=fedavg",
+        "strategy=fedprox strategy.mu=0.1",
+        "strategy=fedprox strategy.mu=0.001",
     ]
     assert [row.seeds for row in table.rows] == [(1,), (1, 2), (1,)]
 
 
 def test_one_fedprox_beside_fedavg_needs_no_mu_in_its_name(tmp_path: Path) -> None:
     table = compare([make_run(tmp_path / "a", 1, 0.5), make_run(tmp_path / "b", 1, 0.5, PROX % 0.1)])
-    assert [row.label for row in table.rows] == ["strategy=FedAvg", "strategy=FedProx"]
+    assert [row.label for row in table.rows] == ["strategy=fedavg", "strategy=fedprox"]
 
 
 def test_one_and_one_point_zero_are_the_same_value(tmp_path: Path) -> None:
@@ -171,11 +171,11 @@ def test_best_is_higher_accuracy_and_lower_loss(tmp_path: Path) -> None:
     a = make_run(tmp_path / "a", 1, final={"test_accuracy": 0.6, "test_loss": 0.9})
     b = make_run(tmp_path / "b", 1, config=PROX % 1, final={"test_accuracy": 0.5, "test_loss": 0.4})
     assert best(compare([a, b])) == {
-        ("strategy=FedAvg", "final acc %"),
-        ("strategy=FedProx", "final loss"),
+        ("strategy=fedavg", "final acc %"),
+        ("strategy=fedprox", "final loss"),
         # 75 % both, in make_run: a tie
-        ("strategy=FedAvg", "best acc %"),
-        ("strategy=FedProx", "best acc %"),
+        ("strategy=fedavg", "best acc %"),
+        ("strategy=fedprox", "best acc %"),
     }
 
 
@@ -196,7 +196,7 @@ def test_best_is_sought_among_rows_with_the_same_partition(tmp_path: Path) -> No
         make_run(tmp_path / "e", 1, 0.99, AVG + part % 5.0),  # alone with its partition
     ]
     found = {label for label, column in best(compare(runs)) if column == "final acc %"}
-    assert found == {"strategy=FedAvg partition.alpha=0.1", "strategy=FedAvg partition.alpha=1"}
+    assert found == {"strategy=fedavg partition.alpha=0.1", "strategy=fedavg partition.alpha=1"}
 
 
 def test_nothing_is_best_in_a_table_of_one_row_or_among_plain_costs(tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_fewer_rounds_are_better_but_only_if_every_seed_reaches_the_target(tmp_p
     slow = [make_run(tmp_path / f"s{s}", s, config=PROX % 1, records=rounds([0.1, 0.9])) for s in (1, 2)]
     never = [make_run(tmp_path / f"n{s}", s, config=PROX % 2, records=rounds([0.1])) for s in (1, 2)]
     table = compare([*lucky, *slow, *never], 0.9)
-    assert {label for label, column in best(table) if "to 90 %" in column} == {"strategy=FedProx strategy.mu=1"}
+    assert {label for label, column in best(table) if "to 90 %" in column} == {"strategy=fedprox strategy.mu=1"}
 
 
 # --- formats ----------------------------------------------------------------------------------------------
@@ -262,7 +262,7 @@ def test_csv_has_every_number_in_full(tmp_path: Path) -> None:
     ]
     other = make_run(tmp_path / "o", 5, 0.5, PROX % 1, records=rounds([0.1]))
     first, second = csv.DictReader(io.StringIO(compare([*runs, other], 0.3).csv()))
-    assert (first["run"], first["seeds"], second["seeds"]) == ("strategy=FedAvg", "0 1", "5")
+    assert (first["run"], first["seeds"], second["seeds"]) == ("strategy=fedavg", "0 1", "5")
     assert float(first["final_test_accuracy_mean"]) == statistics.fmean(values)
     assert float(first["final_test_accuracy_std"]) == statistics.stdev(values)
     assert float(first["final_client_accuracy_worst10_mean"]) == statistics.fmean(v / 9 for v in values)

@@ -116,7 +116,7 @@ def test_a_loss_that_explodes_is_drawn_on_a_logarithm() -> None:
 
 @pytest.mark.parametrize("sizes", [[1, 2], [5] * 9 + [6], list(range(1, 400)), [10, 10**6]])
 def test_sizes_make_a_histogram(sizes: list[int]) -> None:
-    assert COLOURS[0].lower() in plot_sizes(sizes)
+    assert COLOURS[0].lower() in plot_sizes(sizes, "Training examples")
 
 
 def test_no_runs_are_refused(tmp_path: Path) -> None:

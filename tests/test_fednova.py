@@ -250,3 +250,27 @@ def test_a_refusal_is_one_line_and_status_2(fedsim: Fedsim) -> None:
     done = fedsim("strategy=fednova", "client.optimizer=adam", "rounds=1")
     assert done.status == 2
     assert done.err.splitlines()[-1].startswith("fedsim: strategy=fednova needs client.optimizer=sgd, got adam")
+
+
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_coefficients_are_negative_only_beyond_the_stated_bound(rho: float) -> None:
+    # c_j is how far the visit goes when gradient j alone is -1: the recursion of the step, by hand.
+    def coefficients(lr: float, mu: float, tau: int) -> list[float]:
+        found = []
+        for j in range(tau):
+            x = b = 0.0
+            for k in range(tau):
+                b = rho * b + (1.0 if k == j else 0.0) - mu * x
+                x += lr * b
+            found.append(x)
+        return found
+
+    lr, tau = 0.05, 200
+    bound = (1 - rho**0.5) ** 2 / lr
+    assert min(coefficients(lr, 0.999 * bound, tau)) >= -1e-15
+    assert min(coefficients(lr, 1.2 * bound, tau)) < 0
+    for mu in (0.5 * bound, 1.2 * bound):
+        x = b = 0.0
+        for _ in range(tau):
+            x, b = unit_step(x, b, lr, SGD(momentum=rho), mu)
+        assert x == pytest.approx(sum(coefficients(lr, mu, tau)), rel=1e-9)

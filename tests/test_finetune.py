@@ -118,6 +118,40 @@ def test_batch_norm_is_fine_tuned_with_its_statistics(tmp_path: Path) -> None:
         assert float(row["finetuned_loss"]) == pytest.approx(expected, rel=1e-4)
 
 
+def test_fine_tuning_starts_where_a_visit_would_start(tmp_path: Path) -> None:
+    # FedRep: from the client's own head; plain training then moves all of the network.
+    kind = {"strategy": {"_target_": "tests.helpers.FedRep"}}
+    config = configure(values=values(**kind, participation={"_target_": "fedsim.clients.participation.All"}))
+    run, exp = drive(config, tmp_path), build(config)
+    head = exp.program.layout.mask("head.")
+    for row in rows(run)[:2]:
+        client = int(row["client"])
+        (memory,) = run.memory.get((client,))
+        w = run.w.clone()
+        w[head] = memory["strategy.private"].to(w)
+        x, y = held_out(exp, client)
+        expected = F.cross_entropy(descend(exp, module_of(exp, w), client, 0.05)(x).detach(), y)
+        assert float(row["finetuned_loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_fine_tuning_has_the_clients_own_statistics(tmp_path: Path) -> None:
+    everybody = {"participation": {"_target_": "fedsim.clients.participation.All"}}
+    config = configure(values=values(**NORMED, **everybody, **{"client.buffers": "local"}))
+    run, exp = drive(config, tmp_path), build(config)
+    for row in rows(run)[:2]:
+        client = int(row["client"])
+        (memory,) = run.memory.get((client,))
+        own = exp.program.network.buffer_layout.views(memory["buffers.local"])
+        module = module_of(exp, run.w)
+        with torch.no_grad():
+            for name, b in module.named_buffers():
+                if name in own:
+                    b.copy_(own[name])
+        x, y = held_out(exp, client)
+        expected = F.cross_entropy(descend(exp, module, client, 0.05)(x).detach(), y)
+        assert float(row["finetuned_loss"]) == pytest.approx(float(expected), rel=1e-4)
+
+
 def test_a_network_that_only_its_method_can_train_is_fine_tuned_on_the_methods_loss(tmp_path: Path) -> None:
     SEEN.clear()
     run = drive(configure(values=values(strategy={"_target_": "tests.helpers.Heads"})), tmp_path)

@@ -248,7 +248,7 @@ def fails(**options: Any) -> dict[str, Any]:
 def test_a_client_that_raises_ends_the_run_with_its_own_error(engine: str, tmp_path: Path) -> None:
     with pytest.raises(ClientError, match=r"round 2, client 4 .*ArithmeticError: client 4 never does it") as caught:
         run(engine, tmp_path, values=fails(always="4"))
-    assert caught.value.visit == {"round": 2, "client": 4, "phase": "train"}
+    assert caught.value.visit == {"round": 2, "client": 4, "phase": "train", "visit": "2"}
     assert "alone: fedsim replay" in caught.value.__notes__[0]
     (log,) = tmp_path.glob("*/*/failure.json")
     assert "never does it" in log.read_text()

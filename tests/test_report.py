@@ -261,23 +261,23 @@ def test_seeds_are_one_row_and_every_run_has_a_line(tmp_path: Path) -> None:
     runs = [example(tmp_path / f"{n}{s}", s, c) for n, c in (("a", AVG), ("p", PROX % 1)) for s in (1, 2, 3)]
     found = page(*runs)
     assert found.texts["h1"] == ["6 runs of 2 settings"]
-    assert found.row("strategy=FedProx")[:3] == ["strategy=FedProx", "3", "78.31"]
+    assert found.row("strategy=fedprox")[:3] == ["strategy=fedprox", "3", "78.31"]
     assert found.row("run")[0] == "run"
     differences = next(row for row in found.rows if row[:1] == ["run"] and "strategy" in row)
     assert differences == ["run", "strategy", "strategy.mu"]
-    assert ["strategy=FedAvg", "FedAvg", "–"] in found.rows and ["strategy=FedProx", "FedProx", "1"] in found.rows
+    assert ["strategy=fedavg", "FedAvg", "–"] in found.rows and ["strategy=fedprox", "FedProx", "1"] in found.rows
     lines = [row for row in found.rows if len(row) > 1 and row[1].startswith(tmp_path.name)]
     assert [row[3] for row in lines] == ["1", "2", "3"] * 2
     alt = found.all("img")[0]["alt"]
     assert alt.count("25.00 % to 78.31 %") == 2  # a line per row, not per run
-    assert found.texts["summary"] == ["strategy=FedAvg, seed 1", "strategy=FedProx, seed 1"]
+    assert found.texts["summary"] == ["strategy=fedavg, seed 1", "strategy=fedprox, seed 1"]
 
 
 def test_an_unfinished_run_stands_apart_and_is_never_best(tmp_path: Path) -> None:
     better = unfinished(tmp_path / "b", 2)
     (better / "metrics.jsonl").write_text(json.dumps(rounds([0.99])[0]) + "\n")
     found = page(example(tmp_path / "a", 1), example(tmp_path / "c", 1, PROX % 1), better)
-    assert found.row("strategy=FedAvg (unfinished)")[:3] == ["strategy=FedAvg (unfinished)", "1", "99.00"]
+    assert found.row("strategy=fedavg (unfinished)")[:3] == ["strategy=fedavg (unfinished)", "1", "99.00"]
     assert found.texts["span"] == ["1 of 3 not finished"]
     assert "99.00" not in found.texts["strong"] and "78.31" in found.texts["strong"]
 

@@ -390,3 +390,26 @@ def test_what_is_compared_differs_between_runs(lab: Lab) -> None:
     found = [lab.whole(*args)[0]["summary"] for args in (FEDAVG, (*FEDAVG, "seed=1"), SCAFFOLD, FEDADAM)]
     for key in ("state_sha256", "params_sha256"):
         assert len({summary[key] for summary in found}) == len(found)
+
+
+def test_a_finished_run_without_its_checkpoints_keeps_its_results(tmp_path: Path) -> None:
+    first = simulate([*FEDAVG, f"run_dir={tmp_path}"])
+    for folder in (shutil.rmtree, Path.mkdir):  # deleted to save space; there, but empty
+        folder(first.run_dir / "checkpoints")
+        before = outcome(first.run_dir)
+        for more in ([], ["rounds=9"]):
+            with pytest.raises(ConfigError, match=r"is finished, but has no checkpoint to go on from"):
+                simulate([f"resume={first.run_dir}", *more])
+        assert outcome(first.run_dir) == before
+
+
+def test_an_unfinished_run_without_its_checkpoints_starts_anew_and_says_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = simulate([*FEDAVG, f"run_dir={tmp_path}"])
+    expected = outcome(first.run_dir)
+    (first.run_dir / "summary.json").unlink()
+    shutil.rmtree(first.run_dir / "checkpoints")
+    simulate([f"resume={first.run_dir}", "tracker=[console,jsonl]"])
+    assert "no checkpoint was found: starts from the beginning" in capsys.readouterr().out
+    assert outcome(first.run_dir) == expected

@@ -74,7 +74,11 @@ def test_what_cannot_be_pickled_says_so() -> None:
 
 @pytest.mark.parametrize("copy", [True, False])
 def test_arrays_travel_too(copy: bool) -> None:
-    sent: dict[str, Any] = {"a": np.arange(5), "b": np.arange(6000, dtype=np.int32).reshape(60, 100)[::2], "c": np.array(["x", "yy"])}
+    sent: dict[str, Any] = {
+        "a": np.arange(5),
+        "b": np.arange(6000, dtype=np.int32).reshape(60, 100)[::2],
+        "c": np.array(["x", "yy"]),
+    }
     message = pack(sent)
     got = unpack(message, copy=copy)
     for name, value in sent.items():

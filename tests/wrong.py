@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.clients.local import Local
+from fedsim.data import Dataset, Split
 from fedsim.federation import Federation
 from fedsim.reduce import Entry, Reduced, total
 from fedsim.strategies.fedavg import FedAvg
@@ -133,3 +134,11 @@ class Interrupted(FedAvg):
             os.kill(os.getpid(), signal.Signals[self.signal])
         done: State = super().round(fed, state)
         return done
+
+
+class Regression:
+    """Data without classes."""
+
+    def load(self, seed: int) -> Dataset:
+        x = torch.linspace(-1, 1, 60).view(-1, 1)
+        return Dataset("line", Split(x[:50], 2 * x[:50, 0]), Split(x[50:], 2 * x[50:, 0]))

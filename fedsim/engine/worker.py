@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -58,7 +59,8 @@ class Worker:
             for attempt in range(self._tries):
                 try:
                     done, entries = self._visit(program, task, i, sent)
-                    self._reduce(out, trees, entries, done.num_examples, task.first_leaf + i, task.num_leaves)
+                    place = task.first_leaf + i
+                    done.entries = self._reduce(out, trees, entries, done.num_examples, place, task.num_leaves)
                     break
                 except Exception as exc:
                     error = ClientError(f"{_where(task, i, program.seed)}: {_what(exc)}")
@@ -67,7 +69,7 @@ class Worker:
                     elif self._skip:
                         done = Done(error=str(error))
                     else:
-                        raise error.of(task.round_num, task.clients[i], task.phase) from exc
+                        raise error.of(task.round_num, task.clients[i], task.phase, task.visits[i]) from exc
             out.done.append(done)
         out.nodes = {name: sums.nodes for name, sums in trees.items()}
         return out
@@ -102,15 +104,19 @@ class Worker:
             scored=local.stats.scored,
             loss=local.stats.loss,
             num_examples=local.n,
-            entries=tree.fingerprint({n: (e.kind, e.value, e.weight) for n, e in entries.items()}),
             kept=tree.fingerprint(new),
         )
         return done, entries
 
     def _reduce(
         self, out: Outcome, trees: dict[str, TreeSum], entries: dict[str, Entry], n: int, place: int, size: int
-    ) -> None:
-        """Adds a client's entries; all of them, or, if one is refused, none."""
+    ) -> str:
+        """Adds a client's entries: all of them, or, if one is refused, none.
+
+        Returns:
+            Their fingerprint, taken while they are in the processor's cache.
+        """
+        h = hashlib.sha256()
         kinds = {name: e.kind for name, e in entries.items()}
         if out.kinds and out.kinds != kinds:
             raise ClientError(
@@ -121,6 +127,7 @@ class Worker:
         for name, entry in entries.items():
             if entry.kind == "concat":
                 rows[name] = map_tensors(_keep, entry.value[0])
+                tree.feed(h, (name, entry.value))
                 continue
             if not isinstance(entry.value, Tensor) or not entry.value.dim() or len(entry.value) != 1:
                 raise ClientError(f"entry '{name}' must be a tensor with the client axis first, [1, ...]")
@@ -128,15 +135,18 @@ class Worker:
                 # The sum is finite only if every number is: cheaper than isfinite, and nothing overflows float64.
                 _finite(name, entry.value.double().sum())
                 rows[name] = _keep(entry.value[0])
+                tree.feed(h, (name, entry.value))
                 continue
             num_examples = torch.tensor([[float(n)]], dtype=torch.float64, device=entry.value.device)
             leaves[name] = leaf(entry, num_examples)
             _finite(name, leaves[name][0].sum())
+            tree.feed(h, (name, entry.kind, leaves[name]))
         out.kinds = kinds
         for name, row in rows.items():
             out.rows.setdefault(name, []).append(row)
         for name, value in leaves.items():
             trees.setdefault(name, TreeSum(size)).add((0, place), value)
+        return h.hexdigest()[:16]
 
     def _bind_buffers(self, program: Program, shared: Tensor | None, rows: Mapping[str, Tensor]) -> Tensor | None:
         network = program.network

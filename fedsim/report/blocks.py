@@ -7,19 +7,40 @@ from dataclasses import dataclass
 
 from fedsim.report.compare import Cell
 
+#: Marks of curves by their names in Matplotlib, as SVG paths around the origin.
+_OUTLINES = {
+    "o": "M-3.5 0A3.5 3.5 0 1 0 3.5 0A3.5 3.5 0 1 0 -3.5 0Z",
+    "s": "M-3-3H3V3H-3Z",
+    "^": "M0-4L4 3H-4Z",
+    "D": "M0-4.2L4.2 0L0 4.2L-4.2 0Z",
+    "v": "M0 4L4-3H-4Z",
+}
+
 
 @dataclass(frozen=True)
 class Key:
-    """An entry of a legend: a label, and the line that it stands for."""
+    """An entry of a legend: a label, and the line that it stands for, as in `fedsim.report.curves.Line`."""
 
     label: str
     colour: str
     dash: tuple[float, ...] = ()
+    mark: str = "o"
+    width: float = 1.8
+
+    @property
+    def stroke(self) -> float:
+        """Width of the line in pixels, wider than in a picture: it is short."""
+        return 1.25 * self.width
 
     @property
     def dashes(self) -> str:
-        """As ``stroke-dasharray`` of a line 3 wide."""
-        return " ".join(f"{3 * length:g}" for length in self.dash)
+        """As ``stroke-dasharray``."""
+        return " ".join(f"{self.stroke * length:g}" for length in self.dash)
+
+    @property
+    def outline(self) -> str:
+        """The mark as an SVG path around the origin."""
+        return _OUTLINES[self.mark]
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 Style = Literal["text", "markdown", "csv"]
 STYLES = ("text", "markdown", "csv")
-WIDTH = 120  # of plain text, in characters
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What tells this row from the others, ``"strategy=FedProx strategy.mu=0.1"``."""
+        """What tells this row from the others, ``"strategy=fedprox strategy.mu=0.1"``."""
         return self.group.label
 
     @property
@@ -89,7 +88,7 @@ class _Column:
     name: str
     show: Callable[[float], str]
     better: int = 0  # 1: higher, -1: lower, 0: neither
-    rank: int = 0  # 0: always shown; others where there is room, lower ones first
+    rank: int = 0  # where there is no room the highest goes first; up to `_ESSENTIAL` a label is wrapped instead
 
 
 def _accuracy(value: float) -> str:
@@ -100,18 +99,19 @@ def _count(value: float) -> str:
     return f"{value:.4g}"
 
 
+_ESSENTIAL = 2
 _COLUMNS = (
-    _Column("final.test_accuracy", "final acc %", _accuracy, 1),
-    _Column("best.test_accuracy", "best acc %", _accuracy, 1),
-    _Column("final.personal_accuracy_mean", "personal acc %", _accuracy, 1, rank=1),
-    _Column("final.finetuned_accuracy_mean", "fine-tuned acc %", _accuracy, 1, rank=2),
-    _Column("final.client_accuracy_mean", "client acc %", _accuracy, 1, rank=3),
-    _Column("final.client_accuracy_worst10", "worst 10 % acc %", _accuracy, 1, rank=4),
-    _Column("final.test_loss", "final loss", number, -1),
-    _Column("rounds", "rounds", _count),
-    _Column("totals.bytes_down", "down", human_bytes),
-    _Column("totals.bytes_up", "up", human_bytes),
-    _Column("totals.wall_seconds", "wall", human_seconds),
+    _Column("final.test_accuracy", "final acc %", _accuracy, 1, rank=0),
+    _Column("best.test_accuracy", "best acc %", _accuracy, 1, rank=4),
+    _Column("final.personal_accuracy_mean", "personal acc %", _accuracy, 1, rank=5),
+    _Column("final.finetuned_accuracy_mean", "fine-tuned acc %", _accuracy, 1, rank=6),
+    _Column("final.client_accuracy_mean", "client acc %", _accuracy, 1, rank=7),
+    _Column("final.client_accuracy_worst10", "worst 10 % acc %", _accuracy, 1, rank=8),
+    _Column("final.test_loss", "final loss", number, -1, rank=3),
+    _Column("rounds", "rounds", _count, rank=9),
+    _Column("totals.bytes_down", "down", human_bytes, rank=10),
+    _Column("totals.bytes_up", "up", human_bytes, rank=11),
+    _Column("totals.wall_seconds", "wall", human_seconds, rank=12),
 )
 
 
@@ -122,27 +122,29 @@ class Table:
     Attributes:
         rows: In the order in which their first runs were named.
         target: The accuracy, a fraction, that ``rounds_to`` and ``bytes_to`` are about; None: there are none.
+        note: What was left out of the folders that were named; empty if nothing was.
     """
 
     rows: tuple[Row, ...]
     target: float | None = None
+    note: str = ""
 
-    def cells(self, width: float = WIDTH) -> list[list[Cell]]:
+    def cells(self, width: float = math.inf) -> list[list[Cell]]:
         """Header and rows: label, seeds, then mean ± sample standard deviation of every column.
 
         Args:
-            width: Columns about clients are left out where the plain text would be wider, in characters.
+            width: In characters; where the text would be wider columns are left out, costs first, and at last labels
+                are counted as wrapped.
         """
-        shown = [c for c in self._columns() if c.rank == 0]
-        cells = self._grid(shown)
-        for column in sorted(self._columns(), key=lambda c: c.rank):
-            if column.rank:
-                wider = [c for c in self._columns() if c in shown or c is column]
-                if _width(grid := self._grid(wider)) <= width:
-                    shown, cells = wider, grid
-        return cells
+        columns = self._columns()
+        while len(columns) > 1:
+            wrap = all(c.rank <= _ESSENTIAL for c in columns)
+            if _width(self._grid(columns), wrap) <= width:
+                break
+            columns = [c for c in columns if c.rank < max(other.rank for other in columns)]
+        return self._grid(columns)
 
-    def left_out(self, width: float = WIDTH) -> list[str]:
+    def left_out(self, width: float) -> list[str]:
         """Names of the columns for which `cells` has no room."""
         names = {cell.text for cell in self.cells(width)[0]}
         return [c.name for c in self._columns() if c.name not in names]
@@ -153,8 +155,8 @@ class Table:
             at = next(i for i, c in enumerate([*columns, _COLUMNS[-1]]) if not c.key.startswith(("final", "best")))
             goal = f"{100 * self.target:g} %"
             columns[at:at] = [
-                _Column("rounds_to", f"rounds to {goal}", _count, -1),
-                _Column("bytes_to", f"bytes to {goal}", human_bytes, -1),
+                _Column("rounds_to", f"rounds to {goal}", _count, -1, rank=1),
+                _Column("bytes_to", f"bytes to {goal}", human_bytes, -1, rank=2),
             ]
         return columns
 
@@ -190,7 +192,7 @@ class Table:
         return winners
 
     def text(self) -> str:
-        """Plain text."""
+        """Plain text, every column of it."""
         return align([[cell.text for cell in row] for row in self.cells()])
 
     def markdown(self) -> str:
@@ -201,9 +203,11 @@ class Table:
         return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
     def csv(self) -> str:
-        """Every number of the summaries, unrounded, a line per row: ``<key>_mean`` and ``<key>_std`` (of a sample).
+        """Every number of the summaries, a line per row: ``<key>_mean`` and ``<key>_std`` (of a sample).
 
-        Fractions, bytes and seconds. Empty: a row does not have it; no deviation of a single run.
+        Fractions, bytes and seconds, to twelve significant digits. ``seeds`` is their number, as in the other formats,
+        ``seed_list`` says which; ``<target>_seeds`` is the number of those that reached the target.
+        Empty: a row does not have it; no deviation of a single run.
         """
         keys = dict.fromkeys(key for row in self.rows for key in row.stats)
         out = io.StringIO()
@@ -212,74 +216,85 @@ class Table:
         head = [f"{name}_{part}" for name in names.values() for part in ("mean", "std")]
         goals = [] if self.target is None else ["rounds_to", "bytes_to"]
         head += [f"{goal}_{self.target:g}_{part}" for goal in goals for part in ("mean", "std", "seeds")]
-        writer.writerow(["run", "seeds", *head])
+        writer.writerow(["run", "seeds", "seed_list", *head])
         for row in self.rows:
             line = [part for key in names for part in _plain(row.stats.get(key))]
             for goal in goals:
                 stat = row.stats.get(goal)
                 line += [*_plain(stat), str(stat.count if stat else 0)]
-            writer.writerow([row.label, " ".join(map(str, row.seeds)), *line])
+            writer.writerow([row.label, len(row.seeds), " ".join(map(str, row.seeds)), *line])
         return out.getvalue().rstrip("\n")
 
-    def rich(self, width: float = WIDTH) -> RichTable:
-        """The same cells as `text`, for a terminal, the best of each column in bold."""
+    def rich(self, width: float = math.inf) -> RichTable:
+        """The same cells as `text`, for a terminal, the best of each column in bold; as wide as `text` is.
+
+        Args:
+            width: Of the terminal, in characters. Where there is no room columns are left out, then labels continue
+                on a further line, never inside a word.
+        """
+        from rich import box
         from rich.table import Table as RichTable
         from rich.text import Text
 
-        header, *body = self.cells(width)
-        table = RichTable()
+        header, *body = grid = self.cells(width)
+        table = RichTable(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+        words = _longest_word(grid)
         for i, cell in enumerate(header):
-            table.add_column(cell.text, justify="right" if i else "left", overflow="fold")
+            table.add_column(
+                Text(cell.text), justify="right" if i else "left", no_wrap=i > 0, min_width=None if i else words
+            )
         for row in body:
             # Text: a label may hold square brackets, which rich reads as markup
             table.add_row(*(Text(cell.text, style="bold" if cell.best else "") for cell in row))
         return table
 
     def show(self, style: Style = "text", stream: TextIO | None = None) -> None:
-        """Prints it.
+        """Prints it, and what was left out below it (on standard error where the table is for a program).
 
         Args:
-            style: ``text``: with lines and colours on a terminal, plain elsewhere.
+            style: ``text``: on a terminal with lines and colours, and as wide as that; plain and whole elsewhere.
             stream: Where to; default: standard output.
         """
-        stream, width = stream or sys.stdout, float(WIDTH)
+        stream = stream or sys.stdout
         if style != "text":
             print(self.markdown() if style == "markdown" else self.csv(), file=stream)
+            if self.note:
+                print(self.note, file=sys.stderr)
             return
-        if stream.isatty():
-            from rich.console import Console
+        if not stream.isatty():
+            print("\n".join([self.text(), *([self.note] if self.note else [])]), file=stream)
+            return
+        from rich.console import Console
 
-            console = Console(file=stream)
-            width = console.width - len(self._columns()) - 5  # rich's lines, beyond the two spaces of plain text
-            console.print(self.rich(width))
-        else:
-            print(self.text(), file=stream)
+        console = Console(file=stream, highlight=False, markup=False)
+        width, notes = console.width, [self.note] if self.note else []
         if missing := self.left_out(width):
-            print(f"no room for {', '.join(missing)}; format=csv has every number", file=stream)
+            notes.append(f"no room for {', '.join(missing)}; format=csv has every number")
+        # A word that is wider than the terminal is for the terminal to break.
+        console.print(self.rich(width), width=max(width, _width(self.cells(width), wrap=True)), crop=False)
+        for note in notes:
+            console.print(note)
 
 
 def compare(paths: Sequence[Path], target: float | None = None) -> Table:
     """Reads finished runs and puts those that differ in their seed only together.
 
     Args:
-        paths: Run directories, or folders of them (``runs/sweep``).
+        paths: Run directories, or folders of them (``runs/sweep``), whose unfinished runs are left out.
         target: Test accuracy, a fraction in (0, 1]: adds rounds and bytes until it was first reached.
 
     Raises:
-        ConfigError: Nothing to compare; not a run directory; a run that is not finished, is damaged, or is named
-            twice; two runs of one experiment with one seed, which would be counted twice; runs of different data;
+        ConfigError: Nothing to compare; not a run directory; a run that is named and not finished, is damaged, or is
+            named twice; two runs of one experiment with one seed, which would be counted twice; runs of different data;
             a target of runs without an accuracy.
     """
     if not paths:
         raise ConfigError("compare needs at least one run directory, like `fedsim compare runs/sweep`")
-    runs = read_runs(paths)
-    for run in runs:
-        if run.summary is None:
-            raise ConfigError(f"{run.path} is not finished; go on with `fedsim resume={run.path}`, or leave it out")
-    return tabulate(group(runs), target)
+    found = read_runs(paths)
+    return tabulate(group(found.runs), target, found.note)
 
 
-def tabulate(groups: Sequence[Group], target: float | None = None) -> Table:
+def tabulate(groups: Sequence[Group], target: float | None = None, note: str = "") -> Table:
     """The table of runs that were read, as `compare` does it; unfinished ones count as far as they came."""
     if target is not None:
         for run in (run for g in groups for run in g.runs):
@@ -287,7 +302,12 @@ def tabulate(groups: Sequence[Group], target: float | None = None) -> Table:
                 raise ConfigError(
                     f"target={target:g}: {run.path} has no test accuracy in its metrics; leave target out"
                 )
-    return Table(tuple(_row(g, target) for g in groups), target)
+            if len(run.records) != run.records[-1]["round"]:  # bytes until a target would be too few
+                raise ConfigError(
+                    f"target={target:g}: {run.path}/metrics.jsonl lacks rounds: it has {len(run.records)} of "
+                    f"{run.records[-1]['round']}; restore it from a copy, or leave target out"
+                )
+    return Table(tuple(_row(g, target) for g in groups), target, note)
 
 
 def target(text: str) -> float:
@@ -355,12 +375,22 @@ def _text(row: Row, column: _Column) -> str:
     return text if stat.count == len(row.seeds) else f"{text} ({stat.count} of {len(row.seeds)})"
 
 
-def _width(grid: Sequence[Sequence[Cell]]) -> int:
-    return sum(max(len(cell.text) for cell in column) + 2 for column in zip(*grid, strict=True)) - 2
+def _width(grid: Sequence[Sequence[Cell]], wrap: bool = False) -> int:
+    """Of the table in characters; ``wrap``: with labels on as many lines as they have words."""
+    columns = [max(len(cell.text) for cell in column) for column in zip(*grid, strict=True)]
+    return sum([_longest_word(grid) if wrap else columns[0], *columns[1:]]) + 2 * (len(columns) - 1)
+
+
+def _longest_word(grid: Sequence[Sequence[Cell]]) -> int:
+    return max(len(word) for row in grid for word in row[0].text.split())
 
 
 def _plain(stat: Stat | None) -> list[str]:
-    return ["", ""] if stat is None else [repr(stat.mean), "" if stat.std is None else repr(stat.std)]
+    return ["", ""] if stat is None else [_digits(stat.mean), "" if stat.std is None else _digits(stat.std)]
+
+
+def _digits(value: float) -> str:
+    return repr(float(f"{value:.12g}"))  # without the tail of 0.27999999999999997
 
 
 def _escape(text: str) -> str:

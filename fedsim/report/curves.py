@@ -26,6 +26,8 @@ Quantity = Literal["accuracy", "loss"]
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 #: Kinds of line, as lengths of dashes and gaps in widths of the line: with the colours, 35 lines that differ.
 DASHES: tuple[tuple[float, ...], ...] = ((), (4, 1.6), (1, 1.4), (6, 1.4, 1, 1.4), (8, 4))
+#: Marks of points, in Matplotlib's words.
+MARKS = ("o", "s", "^", "D", "v")
 #: What a metric is of, and its kind of line.
 SPLITS = {"test": DASHES[0], "validation": DASHES[2], "train": DASHES[1]}
 QUANTITIES: tuple[Quantity, ...] = ("accuracy", "loss")
@@ -78,6 +80,8 @@ class Line:
         x: Positions, increasing.
         y: Values; NaN is a gap.
         std: Half the height of a band around the curve; None: no band.
+        mark: Of `MARKS`.
+        width: In points.
     """
 
     label: str
@@ -86,6 +90,8 @@ class Line:
     x: Sequence[float]
     y: Sequence[float]
     std: Sequence[float] | None = None
+    mark: str = "o"
+    width: float = 1.8
 
 
 def seeds_line(runs: Sequence[Records], key: str, axis: Axis) -> tuple[list[float], list[float], list[float] | None]:
@@ -160,11 +166,12 @@ def plot_spread(lines: Sequence[Line], quantity: Quantity) -> str:
         return _source(figure)
 
 
-def plot_sizes(sizes: Sequence[int]) -> str:
+def plot_sizes(sizes: Sequence[int], what: str) -> str:
     """A histogram of the clients' numbers of examples, as SVG.
 
     Args:
         sizes: Examples of every client, not all equal.
+        what: Which examples, ``"Training examples"``.
     """
     import numpy as np
     from matplotlib.ticker import MaxNLocator
@@ -176,7 +183,7 @@ def plot_sizes(sizes: Sequence[int]) -> str:
     with _svg() as new:
         figure, axes = new()
         axes.hist(sizes, bins=edges.tolist(), color=COLOURS[0], edgecolor="white", linewidth=0.5)
-        _frame(axes, "training and held-out examples of a client")
+        _frame(axes, f"{what[0].lower()}{what[1:]} of a client")
         axes.set_ylabel("clients", fontsize=9)
         if wide:
             axes.set_xscale("log")
@@ -240,7 +247,9 @@ def _split_lines(
             x, y, _ = seeds_line([records], f"{split}_{metric}", Axis("round", "round"))
             if x:
                 seen[split] = dash
-                lines.append(Line(label, colours[which if len(runs) == 1 else number], dash, x, y))
+                lines.append(
+                    Line(label, colours[which if len(runs) == 1 else number], dash, x, y, width=1.3 if dash else 1.8)
+                )
     return lines
 
 
@@ -306,11 +315,11 @@ def _draw(axes: Axes, lines: Sequence[Line], marks: bool = True) -> None:
             line.x,
             line.y,
             linestyle=_style(line.dash),
-            linewidth=1.3 if line.dash else 1.8,
+            linewidth=line.width,
             color=line.colour,
             # Past thirty points marks hide the line, but a point between two gaps is seen only by its mark.
-            marker="o" if marks or len(line.x) == 1 else "",
-            markersize=4,
+            marker=line.mark if marks or len(line.x) == 1 else "",
+            markersize=2.2 + line.width,
             markevery=range(len(line.x)) if few else _lone_points(line.y),
             rasterized=many,
         )
@@ -343,13 +352,15 @@ def _scale(axes: Axes, lines: Sequence[Line], quantity: Quantity) -> None:
         if min(means) > 0 and max(means) > 1000 * min(means):
             axes.set_yscale("log")
         return
-    from matplotlib.ticker import PercentFormatter
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     bands = [(m, s) for line in lines if line.std for m, s in zip(line.y, line.std, strict=True) if math.isfinite(m)]
     low, high = min(means + [m - s for m, s in bands]), max(means + [m + s for m, s in bands])
     margin = 0.05 * max(high - low, 0.5)
     axes.set_ylim(max(low - margin, -0.02), min(high + margin, 1.02))
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    # At least 4.5 % are shown, so that every step is of whole per cents.
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def _style(dash: tuple[float, ...]) -> Any:

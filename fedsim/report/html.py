@@ -10,6 +10,7 @@ import json
 import math
 import os
 import statistics
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,13 @@ from fedsim.errors import ConfigError, RunError
 from fedsim.report import pictures
 from fedsim.report.blocks import Block, Details, Note, Page, Section, Table
 from fedsim.report.compare import tabulate
-from fedsim.report.runs import MODES, Group, Run, described, group, read_run, read_runs, short
+from fedsim.report.runs import MODES, Group, Run, described, group, option, read_run, read_runs, short
 from fedsim.report.text import human_bytes, human_seconds, number, percent
 from fedsim.rundir import dumps, write_atomic
 
 NAME = "report.html"
+_ELSEWHERE = "out=<file>.html puts the report elsewhere"
+_START, _TITLE = b'<!DOCTYPE html>\n<html lang="en">', b"fedsim report</title>"  # of every report
 _MANY_CLASSES = 20
 
 
@@ -51,8 +54,10 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
     """Writes the report of one run, or of several.
 
     Args:
-        runs: Run directories, or folders of them. An unfinished run is shown as far as it came.
-        out: The file to write; default: ``report.html`` in the run directory, of several runs in the deepest folder
+        runs: Run directories, or folders of them. An unfinished run is shown as far as it came; one of a folder that
+            has no finished round is left out, which the page says.
+        out: The file to write, ``<name>.html``; an earlier report is replaced, nothing else; default:
+            ``report.html`` in the run directory, of several runs in the deepest folder
             that holds them all.
 
     Returns:
@@ -66,16 +71,16 @@ def write_report(runs: Sequence[Path], out: Path | None = None) -> Path:
         raise ConfigError("report needs at least one run directory, like `fedsim report runs/sweep`")
     if out is not None:
         _check_out(out)
-    found = read_runs(runs)
-    for run in found:
-        if not (run.path / "metrics.jsonl").exists() or not run.records:
-            raise ConfigError(f"{run.path} has no finished round to report; let it run, or leave it out")
-    path = out or _place(found)
-    page = page_of_run(found[0]) if len(found) == 1 else page_of_runs(group(found))
+    found = read_runs(runs, unfinished=True)
+    path = out or _place(found.runs)
+    _check_place(path)
+    notes = [Note(found.note[0].upper() + found.note[1:])] if found.note else []
+    alone = len(found.runs) == 1
+    page = page_of_run(found.runs[0], notes) if alone else page_of_runs(group(found.runs), notes)
     try:
         write_atomic(path, render(page))
     except RunError as exc:  # where to write is the user's choice
-        raise ConfigError(f"{exc}; out=<file> puts the report elsewhere") from exc
+        raise ConfigError(f"{exc}; {_ELSEWHERE}") from exc
     return path
 
 
@@ -104,8 +109,26 @@ def render(page: Page) -> str:
 def _check_out(out: Path) -> None:
     if out.is_dir():
         raise ConfigError(f"out={out} is a folder; name a file, such as out={out / NAME}")
+    if out.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"out={out}: a report's name must end in .html, such as out={out.with_name(NAME)}")
     if not out.parent.is_dir():
         raise ConfigError(f"out={out}: there is no folder {out.parent}; make it first, or choose another")
+
+
+def _check_place(path: Path) -> None:
+    """Refuses to replace what is no report, and a place that cannot be written, before a page is drawn."""
+    try:
+        if path.exists():
+            with path.open("rb") as file:
+                start = file.read(4096)
+            if not (start.startswith(_START) and _TITLE in start):
+                raise ConfigError(
+                    f"{path} exists and is no report of fedsim; move it away, or choose another with out="
+                )
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as exc:
+        raise ConfigError(f"cannot write {path}: {exc.strerror or exc}; {_ELSEWHERE}") from exc
 
 
 def _place(runs: Sequence[Run]) -> Path:
@@ -121,8 +144,8 @@ def _place(runs: Sequence[Run]) -> Path:
 # --- one run ----------------------------------------------------------------------------------------------
 
 
-def page_of_run(run: Run) -> Page:
-    """What there is to say about one run."""
+def page_of_run(run: Run, notes: Sequence[Note] = ()) -> Page:
+    """What there is to say about one run, after ``notes``."""
     sections = [
         Section("What ran", [Table("Configuration", (), _what_ran(run)), _config(run)]),
         Section("Curves", list(pictures.curves([Group("", (run,))]))),
@@ -137,7 +160,7 @@ def page_of_run(run: Run) -> Page:
         status=_status(run),
         good=run.summary is not None,
         lead=f"{short(run.config.get('strategy'))} on {_data(run)}, seed {run.seed}",
-        notes=list(_notes(run)),
+        notes=[*notes, *_notes(run)],
         cards=_cards(run),
         sections=sections,
     )
@@ -149,12 +172,13 @@ def _cards(run: Run) -> list[tuple[str, str, str]]:
     cards = []
     if f"final.test_{quantity}" in n:
         best = f"round {n['best.round']:.0f}" if "best.round" in n else ""
+        latest = _latest(run)
         cards = [
-            (f"Final test {quantity}", _shown(quantity)(n[f"final.test_{quantity}"]), ""),
+            (f"{latest} test {quantity}", _shown(quantity)(n[f"final.test_{quantity}"]), ""),
             (f"Best test {quantity}", _shown(quantity)(n.get(f"best.test_{quantity}", math.nan)), best),
         ]
         if quantity == "accuracy" and "final.test_loss" in n:
-            cards.append(("Final test loss", number(n["final.test_loss"]), ""))
+            cards.append((f"{latest} test loss", number(n["final.test_loss"]), ""))
     sent = n.get("totals.bytes_down", 0.0) + n.get("totals.bytes_up", 0.0)
     return [
         *cards,
@@ -179,14 +203,17 @@ def _what_ran(run: Run) -> list[list[str]]:
 
 
 def _notes(run: Run) -> Iterator[Note]:
-    """What ended a run that is not finished."""
+    """What ended a run that is not finished, and how to go on."""
     if run.summary is not None:
+        return
+    if run.running:
+        yield Note("Still running; this page shows it as far as it had come.")
         return
     try:
         error = json.loads((run.path / "failure.json").read_text(encoding="utf-8"))["error"]
         yield Note(f"The run was ended by an error. {error}", warn=True)
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # it was interrupted, or is still running
+        pass  # it was interrupted
     yield Note(f"Not finished; go on with: fedsim resume={run.path}")
 
 
@@ -205,18 +232,21 @@ def _classes(run: Run) -> Iterator[Block]:
     table = run.table("classes.csv")
     if not table:
         return
+    if missing := [k for k in ("class", "accuracy") if k not in table[0]]:
+        raise run.damaged("classes.csv", f"it has no column `{missing[0]}`")
+    scored = run.result["final"].get("class_accuracy")
+    if isinstance(scored, Sequence) and len(scored) != len(table):
+        raise run.damaged("classes.csv", f"it has {len(table)} rows, but there are {len(scored)} classes")
     if all(row.get("name") == row.get("class") for row in table):
         table = [{k: v for k, v in row.items() if k != "name"} for row in table]
     titles = {"num_train": "Training examples", "num_test": "Test examples", "f1": "F1"}
     keys = [k for k in ("class", "name", "num_train", "num_test", "accuracy", "precision", "f1") if k in table[0]]
-    if "accuracy" not in keys:
-        return
     columns = {k: run.column("classes.csv", k) for k in keys if k not in ("class", "name")}
     rows = [[_class_cell(k, columns[k][i]) if k in columns else row[k] for k in keys] for i, row in enumerate(table)]
     many = len(rows) > _MANY_CLASSES
     if many:
-        scored = [(v, i) for i, v in enumerate(columns["accuracy"]) if not math.isnan(v)]
-        names = [f"{table[i].get('name', table[i].get('class'))} ({percent(v)})" for v, i in sorted(scored)[:5]]
+        worst = sorted((v, i) for i, v in enumerate(columns["accuracy"]) if not math.isnan(v))[:5]
+        names = [f"{table[i].get('name', table[i]['class'])} ({percent(v)})" for v, i in worst]
         yield Note(f"Lowest accuracy: {', '.join(names)}.")
     yield Table(
         "The final global model on the test examples of each class",
@@ -264,8 +294,8 @@ def _config(run: Run, title: str = "The whole config") -> Details:
 # --- several runs -----------------------------------------------------------------------------------------
 
 
-def page_of_runs(groups: Sequence[Group]) -> Page:
-    """What there is to say about several runs, those that differ in their seed together."""
+def page_of_runs(groups: Sequence[Group], notes: Sequence[Note] = ()) -> Page:
+    """What there is to say about several runs, those that differ in their seed together, after ``notes``."""
     runs = [run for g in groups for run in g.runs]
     unfinished = sum(run.summary is None for run in runs)
     sections = [
@@ -285,7 +315,7 @@ def page_of_runs(groups: Sequence[Group]) -> Page:
         status=f"{unfinished} of {len(runs)} not finished" if unfinished else "all finished",
         good=not unfinished,
         lead=f"{_data(runs[0])}, {'seed' if len(seeds) == 1 else 'seeds'} {', '.join(map(str, seeds))}",
-        notes=[Note(f"{_name(run)}: {note.text}", note.warn) for run in runs for note in _notes(run)],
+        notes=[*notes, *(Note(f"{_name(run)}: {note.text}", note.warn) for run in runs for note in _notes(run))],
         cards=(),
         sections=sections,
     )
@@ -296,6 +326,8 @@ def _comparison(groups: Sequence[Group]) -> Iterator[Block]:
     yield Table("Means over seeds, ± one sample standard deviation", [cell.text for cell in header], rows)
     if any(cell.best for row in rows for cell in row):
         yield Note("In bold: the best of a column, among rows with the same partition.")
+    if not all(g.finished for g in groups):
+        yield Note("Of unfinished runs the latest figures stand where the final ones will be.")
 
 
 def _differences(groups: Sequence[Group]) -> Iterator[Block]:
@@ -308,7 +340,7 @@ def _differences(groups: Sequence[Group]) -> Iterator[Block]:
 
 
 def _leaf(key: str, value: str) -> str:
-    return value.rpartition(".")[2] if key.endswith("._target_") else value
+    return option(key.removesuffix("._target_"), value) if key.endswith("._target_") else value
 
 
 def _costs(groups: Sequence[Group]) -> Block:
@@ -326,11 +358,12 @@ def _every_run(groups: Sequence[Group]) -> Block:
     for g in groups:
         for run in g.runs:
             cards = {name: value for name, value, _ in _cards(run)}
-            figures = [cards.get(f"{which} test {run.quantity}", "–") for which in ("Final", "Best")]
+            figures = [cards.get(f"{which} test {run.quantity}", "–") for which in (_latest(run), "Best")]
             sha = str((run.summary or {}).get("params_sha256", "–"))[:12]
             rows.append([g.label, _name(run), _status(run), str(run.seed), *figures, cards["Wall time"], sha])
     figure = groups[0].runs[0].quantity
-    header = ["run", "Directory", "Status", "Seed", f"Final {figure}", f"Best {figure}", "Wall time", "Parameters"]
+    latest = "Final" if all(g.finished for g in groups) else "Final or latest"
+    header = ["run", "Directory", "Status", "Seed", f"{latest} {figure}", f"Best {figure}", "Wall time", "Parameters"]
     return Table("Every run; its parameters by the first digits of their SHA-256", header, rows, left=3)
 
 
@@ -355,13 +388,21 @@ def _shown(quantity: str) -> Callable[[float], str]:
     return percent if quantity == "accuracy" else number
 
 
+def _latest(run: Run) -> str:
+    """What the latest figures of a run are."""
+    return "Latest" if run.summary is None else "Final"
+
+
 def _planned(run: Run) -> int:
     rounds = run.config.get("rounds")
     return rounds if isinstance(rounds, int) else len(run.records)
 
 
 def _status(run: Run) -> str:
-    done = f"after round {run.numbers(_KNOWN).get('rounds', 0.0):.0f} of {_planned(run)}"
+    rounds = f"round {run.numbers(_KNOWN).get('rounds', 0.0):.0f} of {_planned(run)}"
+    done = f"after {rounds}"
+    if run.running:
+        return f"running, {rounds}"
     if run.summary is None:
         return f"unfinished {done}"
     return f"stopped {done}: {run.summary['stopped']}" if run.summary.get("stopped") else "finished"

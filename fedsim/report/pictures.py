@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import base64
-import math
 import zipfile
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, cycle, repeat
 from typing import TYPE_CHECKING, Any
 
-from fedsim.errors import ConfigError
 from fedsim.report.blocks import Block, Heading, Key, Legend, Note, Picture, Pictures, Table
 from fedsim.report.curves import (
     COLOURS,
     DASHES,
+    MARKS,
     QUANTITIES,
     Axis,
     Line,
@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 AXES = {"round": "rounds", "bytes": "bytes sent", "virtual_seconds": "virtual time", "wall_seconds": "wall time"}
 SIZES = ("Clients", "Examples", "Smallest", "Median", "Mean", "Largest")
 _SHOWN = {"accuracy": percent, "loss": number}
-_MANY_LINES = 7  # past which a legend stands once, not with every set of pictures
 _MANY_POINTS = 400  # of a picture of clients
 _MOST_NAMED = 8  # lines in a picture's alternative text
 _MOST_PARTITIONS = 4  # that are drawn in a report of several runs
@@ -50,7 +49,7 @@ def curves(groups: Sequence[Group]) -> Iterator[Block]:
             "A line is the mean over the seeds of a row, its band ± one sample standard deviation. "
             "It ends where the first of the seeds ends."
         )
-    if len(groups) > _MANY_LINES:
+    if len(runs) > 1:
         yield legend
     for key, name in AXES.items():
         axis = Axis.of(key, [run.records for run in runs])
@@ -58,8 +57,6 @@ def curves(groups: Sequence[Group]) -> Iterator[Block]:
             yield Note(f"Against {name}: left out, because none was counted.")
         elif pictures := list(_panels(groups, axis)):
             yield Heading(f"Against {name}")
-            if len(runs) > 1 and len(groups) <= _MANY_LINES:
-                yield legend
             yield Pictures(pictures)
 
 
@@ -85,14 +82,14 @@ def _lines_of_run(run: Run, keys: Mapping[str, str], axis: Axis) -> Iterator[Lin
     for (key, name), colour, dash in zip(keys.items(), COLOURS, (DASHES[0], DASHES[2], DASHES[1]), strict=False):
         x, y, _ = seeds_line([run.records], key, axis)
         if x:
-            yield Line(name, colour, dash, x, y)
+            yield Line(name, colour, dash, x, y, width=1.3 if dash else 1.8)
 
 
 def _lines_of_groups(groups: Sequence[Group], key: str, axis: Axis) -> Iterator[Line]:
     for style, g in zip(_keys(groups), groups, strict=True):
         x, y, std = seeds_line([run.records for run in g.runs], key, axis)
         if x:
-            yield Line(style.label, style.colour, style.dash, x, y, std)
+            yield Line(style.label, style.colour, style.dash, x, y, std, style.mark, style.width)
 
 
 def _panel(title: str, quantity: Quantity, lines: Sequence[Line], axis: Axis, legend: Sequence[Key] = ()) -> Picture:
@@ -110,8 +107,7 @@ def spreads(groups: Sequence[Group]) -> Iterator[Block]:
     for i, (prefix, mode) in enumerate(MODES.items()):
         lines = []
         for style, g in zip(_keys(groups), groups, strict=True):
-            scores = [v for run in g.runs for v in run.column("clients.csv", f"{prefix}{quantity}")]
-            values = [v for v in scores if not math.isnan(v)]  # a client without held-out examples has no score
+            values = [v for run in g.runs for v in run.scores(prefix)]
             if len(values) > 1:
                 look = Key(mode, COLOURS[i]) if alone else style
                 lines.append(_spread_line(look, sorted(values, reverse=quantity == "loss")))
@@ -136,7 +132,8 @@ def _spread_line(look: Key, ordered: Sequence[float]) -> Line:
     if last > _MANY_POINTS:
         ordered = [ordered[round(i * last / _MANY_POINTS)] for i in range(_MANY_POINTS + 1)]
         last = _MANY_POINTS
-    return Line(look.label, look.colour, look.dash, [i / last for i in range(last + 1)], ordered)
+    x = [i / last for i in range(last + 1)]
+    return Line(look.label, look.colour, look.dash, x, ordered, mark=look.mark, width=look.width)
 
 
 # --- partition --------------------------------------------------------------------------------------------
@@ -144,12 +141,12 @@ def _spread_line(look: Key, ordered: Sequence[float]) -> Line:
 
 def partition(run: Run) -> Iterator[Block]:
     """How the data of a run are divided."""
-    sizes, pictures = _sizes(run), []
+    sizes, what, pictures = *_sizes(run), []
     if sizes is not None:
-        yield Table("Examples of each client, held-out ones included", SIZES, [_size_row(sizes)], left=0)
+        yield Table(f"{what} of each client", SIZES, [_size_row(sizes)], left=0)
         if sizes.min() < sizes.max():
-            alt = f"Histogram of the clients' examples, from {sizes.min():,} to {sizes.max():,}."
-            pictures.append(Picture("Sizes of the clients", alt, _data_url(plot_sizes(sizes.tolist()))))
+            alt = f"Histogram of the clients' {what[0].lower()}{what[1:]}, from {sizes.min():,} to {sizes.max():,}."
+            pictures.append(Picture("Sizes of the clients", alt, _data_url(plot_sizes(sizes.tolist(), what))))
     pictures += _class_picture(run, "Classes of the clients")
     if pictures:
         yield Pictures(pictures)
@@ -160,15 +157,16 @@ def partition(run: Run) -> Iterator[Block]:
 def partitions(groups: Sequence[Group]) -> Iterator[Block]:
     """How the data of several runs are divided: the draw of the first seed for every rule."""
     first = {g.partition: g.runs[0] for g in reversed(groups)}
-    rows, pictures = [], []
+    pictures: list[Picture] = []
+    rows: dict[str, list[list[str]]] = {}
     for run in reversed(first.values()):
-        sizes = _sizes(run)
+        sizes, what = _sizes(run)
         if sizes is not None:
             rule = described(run.config.get("partition")) or "the data's own clients"
-            rows.append([rule, str(run.seed), *_size_row(sizes)])
+            rows.setdefault(what, []).append([rule, str(run.seed), *_size_row(sizes)])
         pictures += _class_picture(run, f"Classes of the clients, seed {run.seed}")
-    if rows:
-        yield Table("Examples of each client, held-out ones included", ["Partition", "Seed", *SIZES], rows)
+    for what, lines in rows.items():
+        yield Table(f"{what} of each client", ["Partition", "Seed", *SIZES], lines)
     if pictures:
         yield Pictures(pictures[:_MOST_PARTITIONS])
     if len(pictures) > _MOST_PARTITIONS:
@@ -184,22 +182,23 @@ def _size_row(sizes: IntArray) -> list[str]:
     return [*counts[:3], f"{np.median(sizes):,.1f}", f"{sizes.mean():,.1f}", counts[3]]
 
 
-def _sizes(run: Run) -> IntArray | None:
-    """Examples of every client; None where there is no ``partition.npz``."""
+def _sizes(run: Run) -> tuple[IntArray | None, str]:
+    """Examples of every client, and which; None where there is no ``partition.npz``."""
     import numpy as np
 
     path = run.path / "partition.npz"
     try:
         with np.load(path, allow_pickle=False) as file:
-            sizes: Any = np.diff(file["offsets"]) if "offsets" in file else file["sizes"]
+            whole = "offsets" in file  # clients that come with the data count what they train on
+            sizes: Any = np.diff(file["offsets"]) if whole else file["sizes"]
         if sizes.ndim != 1 or not len(sizes) or not np.issubdtype(sizes.dtype, np.integer):
             raise ValueError("it holds no sizes of clients")
     except FileNotFoundError:
-        return None
+        return None, ""
     except (OSError, ValueError, KeyError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as exc:
-        raise ConfigError(f"{path} is damaged ({exc}); restore it from a copy, or delete it to do without") from exc
+        raise run.damaged(path.name, str(exc)) from exc
     found: IntArray = sizes
-    return found
+    return found, "Training and held-out examples" if whole else "Training examples"
 
 
 def _class_picture(run: Run, title: str) -> list[Picture]:
@@ -219,13 +218,14 @@ def _alone(groups: Sequence[Group]) -> bool:
 
 
 def _keys(groups: Sequence[Group]) -> list[Key]:
-    """A colour and a kind of line for every row."""
-    n = len(COLOURS)
-    return [Key(g.label, COLOURS[i % n], DASHES[i // n % len(DASHES)]) for i, g in enumerate(groups)]
+    """A colour, a kind of line and a mark for every row; later ones are thinner, to be seen on top of equal curves."""
+    widths = chain([3.2 if len(groups) > 1 else 1.8], repeat(1.6))
+    kinds = zip(cycle(COLOURS), cycle(DASHES), cycle(MARKS), widths, strict=False)
+    return [Key(g.label, *kind) for g, kind in zip(groups, kinds, strict=False)]
 
 
 def _legend_of(lines: Sequence[Line]) -> list[Key]:
-    return [Key(line.label, line.colour, line.dash) for line in lines]
+    return [Key(line.label, line.colour, line.dash, line.mark, line.width) for line in lines]
 
 
 def _ends(lines: Sequence[Line], quantity: Quantity) -> str:

@@ -6,12 +6,14 @@ import csv
 import io
 import math
 import os
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from fedsim.config import GROUPS, config_hash, options
 from fedsim.errors import ConfigError, did_you_mean
 from fedsim.rundir import read_metrics, read_summary
 
@@ -26,6 +28,8 @@ MODES = {"": "global model", "personal_": "personal models", "finetuned_": "fine
 
 _EVALUATION = ("test_", "validation_", "client_", "personal_", "finetuned_")  # prefixes of what evaluations say
 _COUNTED = ("train_loss", "bytes_", "clients", "failures", "virtual_seconds", "wall_seconds")
+_SIGN = ("strategy", "run_dir")  # keys at the top of the config of every run, and hardly of anything else's
+_TRACES = ("visits.csv", "partition.npz", ".lock")  # files of a run whose config tells nothing any more
 _BEST_BY = ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss")  # as the driver chooses
 
 Leaves = dict[str, str]  # dotted key -> value as it is written in YAML
@@ -39,11 +43,13 @@ class Run:
         path: The directory, as it was named.
         config: ``config.yaml``.
         summary: ``summary.json`` of a finished run; None of an unfinished one.
+        running: Whether a process is at work on it.
     """
 
     path: Path
     config: dict[str, Any]
     summary: Mapping[str, Any] | None
+    running: bool = False
 
     @cached_property
     def leaves(self) -> Leaves:
@@ -76,9 +82,19 @@ class Run:
         """``metrics.jsonl``.
 
         Raises:
-            ConfigError: The file is missing or damaged.
+            ConfigError: The file is missing or damaged, or a finished run's does not end where the run did.
         """
-        records = read_metrics(self.path / "metrics.jsonl")
+        path = self.path / "metrics.jsonl"
+        done = None if self.summary is None else self.summary["rounds"]
+        if done is not None and not path.exists():
+            raise ConfigError(f"{path} is missing, though the run is finished; restore it from a copy, or run again")
+        records = read_metrics(path)
+        last = records[-1]["round"] if records else 0
+        if done is not None and last != done:
+            raise ConfigError(
+                f"{path} is damaged: it ends with round {last}, but summary.json says that {done} were done; "
+                "restore it from a copy, or run again"
+            )
         for record in records:
             for key, value in record.items():
                 if key.startswith((*_EVALUATION, *_COUNTED)) and not _is_number(value) and value is not None:
@@ -119,27 +135,31 @@ class Run:
         return found
 
     def table(self, name: str) -> list[dict[str, str]]:
-        """Rows of a CSV file with a header; empty if there is no such file.
+        """Rows of a CSV file with a header; empty if there is no such file, or the run is not finished.
 
         Args:
             name: Such as ``clients.csv``.
 
         Raises:
-            ConfigError: The file cannot be read, or a row is longer or shorter than the header.
+            ConfigError: The file cannot be read, has no rows, or a row is longer or shorter than the header.
         """
         path = self.path / name
+        if self.summary is None:  # what is there was written before the run was given more rounds
+            return []
         try:
             rows = list(csv.reader(io.StringIO(path.read_text(encoding="utf-8")), strict=True))
             header, *body = rows or [[]]
             for number, row in enumerate(body, start=2):
                 if len(row) != len(header):
                     raise ValueError(f"line {number} has {len(row)} values, the header {len(header)}")
+            if not body:
+                raise ValueError("it has no rows")
         except FileNotFoundError:
             return []
         except OSError as exc:
             raise ConfigError(f"cannot read {path}: {exc.strerror or exc}") from exc
         except (ValueError, csv.Error) as exc:  # a UnicodeDecodeError is a ValueError
-            raise ConfigError(f"{path} is damaged ({exc}); restore it from a copy, or delete it to do without") from exc
+            raise self.damaged(name, str(exc)) from exc
         return [dict(zip(header, row, strict=True)) for row in body]
 
     def column(self, name: str, key: str) -> list[float]:
@@ -154,11 +174,57 @@ class Run:
             try:
                 values.append(float(text))
             except ValueError as exc:
-                raise ConfigError(
-                    f"{self.path / name} is damaged (line {number}: `{key}` must be a number, got {text!r}); "
-                    "restore it from a copy, or delete it to do without"
-                ) from exc
+                raise self.damaged(name, f"line {number}: `{key}` must be a number, got {text!r}") from exc
         return values
+
+    def scores(self, prefix: str) -> list[float]:
+        """Accuracy, or loss, of every client that has one, from ``clients.csv``; empty if there is no such file.
+
+        Args:
+            prefix: Of `MODES`: whose model is scored.
+
+        Raises:
+            ConfigError: The file is damaged, or is not what the summary's mean was taken of.
+        """
+        key = f"{prefix}{self.quantity}"
+        found = [v for v in self.column("clients.csv", key) if not math.isnan(v)]
+        said = self.numbers().get(f"final.{prefix or 'client_'}{self.quantity}_mean", math.nan)
+        if self.table("clients.csv") and math.isfinite(said):
+            mean = math.fsum(found) / len(found) if found else math.nan
+            if not math.isclose(mean, said, rel_tol=1e-6, abs_tol=1e-9):
+                raise self.damaged("clients.csv", f"the mean of `{key}` is {mean:g}, summary.json says {said:g}")
+        return found
+
+    def damaged(self, name: str, what: str) -> ConfigError:
+        """The error for a file that a page can do without."""
+        return ConfigError(
+            f"{self.path / name} is damaged ({what}); restore it from a copy, or delete it to do without"
+        )
+
+    def check(self) -> None:
+        """Whether config and summary belong together.
+
+        Raises:
+            ConfigError: They do not, or the summary lacks what every summary has.
+        """
+        if self.summary is None:
+            return
+        whole = isinstance(self.summary.get("final"), Mapping) and isinstance(self.summary.get("rounds"), int)
+        if not whole:
+            raise ConfigError(
+                f"{self.path}/summary.json is damaged: it needs `final` and `rounds`; restore it from a copy, "
+                "or run again"
+            )
+        said = self.summary.get("config_sha256")
+        try:
+            same = said is None or config_hash(self.config) == said
+        except (KeyError, TypeError, AttributeError):  # not even the keys that every config has
+            same = False
+        if not same:
+            raise ConfigError(
+                f"{self.path}/config.yaml is not the config of this run: its hash is not `config_sha256` of "
+                "summary.json; restore it from a copy, or run again"
+            )
 
 
 @dataclass(frozen=True)
@@ -166,7 +232,7 @@ class Group:
     """Runs that differ in their seed only.
 
     Attributes:
-        label: What tells them from the other groups, ``"strategy=FedProx strategy.mu=0.1"``.
+        label: What tells them from the other groups, ``"strategy=fedprox strategy.mu=0.1"``.
         runs: By seed; all finished, or none.
     """
 
@@ -198,22 +264,87 @@ def read_run(path: Path, summary: Mapping[str, Any] | None = None) -> Run:
     if summary is None and (path / "summary.json").exists():
         found = read_summary(path)
         summary = found if found.get("status", "finished") == "finished" else None
-    return Run(path, config, summary)
+    run = Run(path, config, summary, summary is None and _held(path / ".lock"))
+    run.check()
+    return run
 
 
-def read_runs(paths: Sequence[Path]) -> list[Run]:
+@dataclass(frozen=True)
+class Found:
+    """Runs that were found.
+
+    Attributes:
+        runs: Those that can be shown, at least one.
+        left_out: Those of folders that cannot: path and reason, ``"runs/a/2026... (not finished)"``.
+    """
+
+    runs: list[Run]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def note(self) -> str:
+        """What was left out, in words; empty if nothing was."""
+        return f"left out: {', '.join(self.left_out)}" if self.left_out else ""
+
+
+def read_runs(paths: Sequence[Path], unfinished: bool = False) -> Found:
     """Run directories, and those in folders of them, in the order of their names.
 
+    Args:
+        paths: Run directories, or folders of them.
+        unfinished: Whether a run may be on its way, past its first round.
+
     Raises:
-        ConfigError: A path is neither; a run is named twice; a file is damaged.
+        ConfigError: A path is neither; a run is named twice, or is named and cannot be shown; a file is damaged;
+            nothing is left.
     """
     runs: dict[Path, Run] = {}
-    for path in (run for given in paths for run in _expand(Path(given))):
-        real = path.resolve()
-        if real in runs:
-            raise ConfigError(f"{path} is named twice (also as {runs[real].path}); name every run once")
-        runs[real] = read_run(path)
-    return list(runs.values())
+    left_out: dict[Path, str] = {}
+    for given in paths:
+        for path in _expand(given):
+            real = path.resolve()
+            if real in runs or real in left_out:
+                also = f" (also as {runs[real].path})" if real in runs else ""
+                raise ConfigError(f"{path} is named twice{also}; name every run once")
+            run = read_run(path)
+            short, remedy = _unfit(run, unfinished)
+            if not short:
+                runs[real] = run
+            elif path == given:
+                raise ConfigError(f"{path} {remedy}, or leave it out")
+            else:
+                left_out[real] = f"{path} ({short})"
+    if not runs:
+        raise ConfigError(f"no run to show; {Found([], tuple(left_out.values())).note}")
+    return Found(list(runs.values()), tuple(left_out.values()))
+
+
+def _unfit(run: Run, unfinished: bool) -> tuple[str, str]:
+    """Why a run cannot be shown, in short, and with what to do; empty if it can."""
+    if run.summary is not None:
+        return "", ""
+    if unfinished:
+        if (run.path / "metrics.jsonl").exists() and run.records:
+            return "", ""
+        wait = "it is still running, so wait" if run.running else f"go on with `fedsim resume={run.path}`"
+        return "no finished round", f"has no finished round to report; {wait}"
+    if run.running:
+        return "still running", "is still running; wait until it ends"
+    return "not finished", f"is not finished; go on with `fedsim resume={run.path}`"
+
+
+def _held(lock: Path) -> bool:
+    """Whether a process holds a run directory; asking takes the lock for no longer than a moment."""
+    import fcntl
+
+    try:
+        with lock.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # no such file, or a file system without locks
+        pass
+    return False
 
 
 def group(runs: Sequence[Run]) -> list[Group]:
@@ -282,19 +413,45 @@ def _so_far(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _expand(path: Path) -> list[Path]:
+    """The run directory itself, or all those below a folder."""
+    needed = "needed is a run directory, such as runs/fedavg-digits/20260101-120000-1a2b3c4d, or a folder of some"
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(f"{path} is a link to {os.readlink(path)}, which does not exist; {needed}")
     if not path.exists():
         near = did_you_mean(path.name, [p.name for p in path.parent.glob("*")]) if path.parent.is_dir() else ""
-        raise ConfigError(f"{path} does not exist{near}")
-    if (path / "config.yaml").is_file():
+        raise ConfigError(f"{path} does not exist{near}; {needed}")
+    if not path.is_dir():
+        inside = _is_run(path.parent)
+        raise ConfigError(f"{path} is a file; {f'name its folder, {path.parent}' if inside else needed}")
+    if _is_run(path):
         return [path]
     found: list[Path] = []
-    for folder, names, files in os.walk(path):
-        names[:] = [] if "config.yaml" in files else sorted(n for n in names if not n.startswith("."))
-        if "config.yaml" in files:
-            found.append(Path(folder))
+    for folder, names, _ in os.walk(path):
+        here = Path(folder)
+        if _is_run(here):
+            found.append(here)
+            names.clear()
+        names[:] = sorted(n for n in names if not n.startswith("."))
+    if not found and (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"{path} is not a fedsim run, and holds none: its config.yaml has no {' and '.join(_SIGN)} at the top; "
+            f"{needed}"
+        )
     if not found:
-        raise ConfigError(f"{path} is not a run directory, and holds none: there is no config.yaml")
+        raise ConfigError(f"{path} is not a run directory, and holds none: there is no config.yaml of a run")
     return found
+
+
+def _is_run(folder: Path) -> bool:
+    """Whether a folder is a run directory; other programs have a ``config.yaml`` too."""
+    try:
+        text = (folder / "config.yaml").read_text(encoding="utf-8", errors="replace")
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return False
+    except OSError:
+        text = ""
+    signed = all(re.search(rf"^{key}:", text, re.MULTILINE) for key in _SIGN)
+    return signed or any((folder / name).exists() for name in _TRACES)
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -354,7 +511,7 @@ def labels_of(configs: Sequence[Leaves]) -> list[str]:
     """What tells each config from the others, as overrides.
 
     A parameter is compared only among configs that build the same thing there: ``strategy.mu`` does not tell
-    FedProx from FedAvg, ``strategy=FedProx`` does.
+    FedProx from FedAvg, ``strategy=fedprox`` does.
     """
     if len(configs) == 1:
         return [_override("strategy._target_", configs[0].get("strategy._target_", "all"))]
@@ -378,8 +535,31 @@ def _targets(config: Leaves, key: str) -> tuple[str | None, ...]:
 
 def _override(key: str, value: str) -> str:
     if key.endswith("._target_"):
-        key, value = key.removesuffix("._target_"), value.rpartition(".")[2]
+        key = key.removesuffix("._target_")
+        value = option(key, value)
     return f"{key}={value}"
+
+
+def option(group: str, target: str) -> str:
+    """What is written on a command line to have a class built: ``fedprox`` of ``strategy=fedprox``.
+
+    Args:
+        group: A key of a config.
+        target: The ``_target_`` there; the class's name is returned where no option, or not just one, has it.
+    """
+    names = [name for name, own in _targets_of(group) if own == target]
+    return names[0] if len(names) == 1 else target.rpartition(".")[2]
+
+
+@cache
+def _targets_of(group: str) -> tuple[tuple[str, str], ...]:
+    def read() -> Iterator[tuple[str, str]]:
+        for name, path in options(group).items():
+            found = re.search(r"^_target_:\s*(\S+)", path.read_text(encoding="utf-8"), re.MULTILINE)
+            if found:
+                yield name, found[1]
+
+    return tuple(read()) if group in GROUPS else ()
 
 
 def _is_number(value: object) -> bool:

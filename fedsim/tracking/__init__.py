@@ -37,7 +37,11 @@ class RunInfo:
 
 
 class Tracker(Protocol):
-    """One place that a run is told to (config group ``tracker``)."""
+    """One place that a run is told to (config group ``tracker``).
+
+    A tracker may have a method ``check()``, called when the experiment is built: it refuses what cannot work, such as
+    an account that is missing, before anything is made.
+    """
 
     def start(self, run: RunInfo) -> None:
         """Before the first round of this process."""

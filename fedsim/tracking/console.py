@@ -121,6 +121,9 @@ class Console:
             parts.append(f"test loss {_number(record['test_loss'])}")
         if "test_accuracy" in record:
             parts.append(f"accuracy {_percent(record['test_accuracy'])}")
+        for mode in ("personal", "finetuned"):
+            if f"{mode}_accuracy_mean" in record and not short:
+                parts.append(f"{mode} {_percent(record[f'{mode}_accuracy_mean'])}")
         if record.get("failures"):
             parts.append(f"{record['failures']} failed")
         if now > self._begin:
@@ -159,6 +162,10 @@ def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
             shown.append(f"(round {values.get('round')}, by {values.get('by')})")
         if shown:
             rows.append([f"{which} test", "  ".join(shown)])
+    for mode, name in (("client", "clients, mean"), ("personal", "personal, mean"), ("finetuned", "fine-tuned, mean")):
+        if final.get(f"{mode}_accuracy_mean") is not None:
+            mean, worst = (_percent(final[f"{mode}_accuracy_{kind}"]) for kind in ("mean", "worst10"))
+            rows.append([name, f"accuracy {mean}  worst tenth {worst}"])
     if "rounds" in summary:
         rows.append(["rounds", str(summary["rounds"])])
     if "clients" in totals:

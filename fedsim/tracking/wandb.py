@@ -80,6 +80,14 @@ class Wandb:
         self._group, self._tags, self._name = group, tuple(tags), name
         self._run: Run | None = None
 
+    def check(self) -> None:
+        """Refuses a mode that needs credentials which are not there, or cannot be right.
+
+        Raises:
+            ConfigError: Says which.
+        """
+        self._resolve_mode()
+
     def start(self, run: RunInfo) -> None:
         """Starts the W&B run, or goes on with it, and tells it the rounds that it lacks.
 
@@ -215,8 +223,9 @@ class Wandb:
             self._run = None
             import wandb
 
-            with suppress(Exception):  # a service that is gone would be noisy at exit, and in the way of the next run
-                wandb.teardown(1)
+            if wandb.run is None:  # a run of whoever calls `simulate` uses the same service
+                with suppress(Exception):  # one that is gone would be noisy at exit, and in the way of the next run
+                    wandb.teardown(1)
 
 
 def asked() -> Mode | None:
