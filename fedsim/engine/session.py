@@ -288,7 +288,7 @@ def _deferred(*signals: signal.Signals) -> Iterator[None]:
 def _forget_token() -> None:
     """Makes Ray read its settings and its token again: it did so once, perhaps before this session."""
     with contextlib.suppress(ImportError, AttributeError):  # versions without tokens
-        from ray._raylet import AuthenticationTokenLoader, Config
+        from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
 
         Config.initialize("")
         AuthenticationTokenLoader.instance().reset_cache()
