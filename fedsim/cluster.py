@@ -147,10 +147,11 @@ def _locked() -> Iterator[Path]:
     root = sessions.private_root()
     lock = os.open(root, os.O_RDONLY)  # no file for it: one that is removed may be locked twice
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError("another `fedsim cluster` command is at work; try again when it has ended") from None
         yield root / "cluster"
-    except BlockingIOError:
-        raise ConfigError("another `fedsim cluster` command is at work; try again when it has ended") from None
     finally:
         os.close(lock)
 
@@ -282,7 +283,7 @@ def supervise(folder: str, address: str, nodes: str, cpus: str) -> None:
         "num_gpus": torch.cuda.device_count(),  # of the first node alone: they must not be counted twice
         "include_dashboard": False,
         "no_monitor": True,  # nothing scales this cluster
-        "_system_config": sessions.HEALTH,
+        "_system_config": dict(sessions.HEALTH),
     }
     cluster = Cluster()
     try:

@@ -24,6 +24,7 @@ from tests.cli import QUICK, ROOT, Fedsim, Outcome, process
 
 pytest.importorskip("ray")
 
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1 as the kernel writes it, and within IPv6
 RUN = [*QUICK, "engine=ray", "engine.address=auto", "engine.workers=2"]
 
 
@@ -205,8 +206,7 @@ def test_status_counts_nodes_and_cpus_and_says_how_to_join(cluster: Place) -> No
 def test_it_listens_on_the_loopback_interface_only(cluster: Place) -> None:
     found = listening(members(cluster.supervisor))
     assert cluster.port in {port for _, port in found}
-    loopback = {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1, and the same within IPv6
-    assert {address for address, _ in found} <= loopback
+    assert {address for address, _ in found} <= LOOPBACK
 
 
 def test_its_token_is_for_its_owner_only(cluster: Place) -> None:
@@ -240,6 +240,19 @@ def test_down_leaves_no_process_and_no_file(cluster: Place) -> None:  # the last
 
 
 # --- faults -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_the_private_cluster_of_a_run_listens_on_the_loopback_interface_only(empty: Place) -> None:
+    code = "from fedsim.engine.session import Session; s = Session('local', 1, 0); print(1, flush=True); input()"
+    command, pipe = [sys.executable, "-c", code + "; s.close()"], subprocess.PIPE
+    env = {**os.environ, **empty.env, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(command, env=env, start_new_session=True, stdin=pipe, stdout=pipe) as run:
+        assert run.stdout is not None and run.stdout.readline() == b"1\n"
+        found = listening(members(run.pid))
+        run.communicate(b"\n")
+    assert len(found) > 3 and {address for address, _ in found} <= LOOPBACK
+    assert gone(run.pid) and empty.left() == []
 
 
 @pytest.mark.slow

@@ -70,7 +70,7 @@ class Session:
                 "dashboard_host": "127.0.0.1",
                 "_temp_dir": str(self._folder),
                 "_node_ip_address": "127.0.0.1",
-                "_system_config": HEALTH,
+                "_system_config": dict(HEALTH),  # Ray adds to it
             }
         else:
             options["address"] = _reachable(address)
