@@ -356,6 +356,8 @@ def _words(args: Sequence[str], command: str, *keys: str) -> tuple[list[Path], d
     runs: list[Path] = []
     given: dict[str, str] = {}
     for word in _request(args).rest:
+        if not word:
+            raise ConfigError(f"fedsim {command}: a run directory is empty (''); name one")
         key, equals, value = word.partition("=")
         if not equals or Path(word).expanduser().exists() or "/" in key:
             runs.append(Path(word).expanduser())
@@ -467,10 +469,10 @@ The pictures go to partition/ under `run_dir`.
 fedsim compare <run> ...: a table of runs; runs that differ by seed alone become mean ± sample standard deviation
 
 A run is a run directory, or a folder with run directories in it. In bold: the best of a column, among rows with the
-same partition. Runs must be finished, and of the same data.
+same partition. Runs must be finished (unfinished ones of a folder are left out), and of the same data.
 
   target=<accuracy>     adds rounds and bytes until a test accuracy (a fraction) was first reached: target=0.9
-  format=<kind>         text (default), markdown, or csv, which has every number, unrounded
+  format=<kind>         text (default), markdown, or csv, which has every number to 12 digits
 """,
     ),
     "report": (
@@ -481,7 +483,7 @@ fedsim report <run> ...: one HTML file about one run, or about several over each
 A run is a run directory, or a folder with run directories in it; unfinished ones are shown as far as they came. The
 file holds its pictures and needs no network. A run that finishes has its own report already.
 
-  out=<file>            where to; default: report.html in the run directory, or in the folder that holds all runs
+  out=<file>.html       where to; default: report.html in the run directory, or in the folder that holds all runs
 """,
     ),
     "replay": (

@@ -32,6 +32,7 @@ REFUSED: list[tuple[str, str]] = [
     ("data._target_=tests.wrong.Regression partition=dirichlet", "divides by class, and line has none (regression)"),
     ("strategy=fedsgd client.drop_last=true", "client.drop_last=true has no effect with strategy=FedSGD"),
     ("report", "fedsim report needs a run directory"),
+    ("report ''", "a run directory is empty ('')"),
     ("report runs", "runs does not exist"),
     ("report . ot=x.html", "has no option ot= (did you mean 'out'?)"),
     ("compare . format=pdf", "pdf"),

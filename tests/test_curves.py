@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 from typing import Any
@@ -112,6 +113,13 @@ def test_a_loss_that_explodes_is_drawn_on_a_logarithm() -> None:
     x, tame, wild = [1, 2, 3], [2.0, 1.0, 0.5], [2.0, 1.0, 1e6]
     assert "{10^{" not in plot_lines([Line("a", COLOURS[0], (), x, tame)], "loss", "round")
     assert "{10^{" in plot_lines([Line("a", COLOURS[0], (), x, wild, [0.1, 5.0, 1.0])], "loss", "round")
+
+
+@pytest.mark.parametrize("low", [0.0, 0.5, 0.9, 0.97, 0.999])
+def test_accuracy_is_marked_in_whole_per_cents_that_differ(low: float) -> None:
+    text = plot_lines([Line("a", COLOURS[0], (), [1, 2], [low, 1.0])], "accuracy", "round", rounds=True)
+    found = re.findall(r">(-?[\d.]+)%<", text)
+    assert len(found) >= 3 and len(set(found)) == len(found) and not any("." in mark for mark in found)
 
 
 @pytest.mark.parametrize("sizes", [[1, 2], [5] * 9 + [6], list(range(1, 400)), [10, 10**6]])

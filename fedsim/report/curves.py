@@ -247,9 +247,8 @@ def _split_lines(
             x, y, _ = seeds_line([records], f"{split}_{metric}", Axis("round", "round"))
             if x:
                 seen[split] = dash
-                lines.append(
-                    Line(label, colours[which if len(runs) == 1 else number], dash, x, y, width=1.3 if dash else 1.8)
-                )
+                colour, width = colours[which if len(runs) == 1 else number], 1.3 if dash else 1.8
+                lines.append(Line(label, colour, dash, x, y, width=width))
     return lines
 
 

@@ -89,12 +89,6 @@ class Run:
         if done is not None and not path.exists():
             raise ConfigError(f"{path} is missing, though the run is finished; restore it from a copy, or run again")
         records = read_metrics(path)
-        last = records[-1]["round"] if records else 0
-        if done is not None and last != done:
-            raise ConfigError(
-                f"{path} is damaged: it ends with round {last}, but summary.json says that {done} were done; "
-                "restore it from a copy, or run again"
-            )
         for record in records:
             for key, value in record.items():
                 if key.startswith((*_EVALUATION, *_COUNTED)) and not _is_number(value) and value is not None:
@@ -102,6 +96,12 @@ class Run:
                         f"{self.path}/metrics.jsonl is damaged: round {record['round']}: `{key}` must be a number, "
                         f"got {value!r}; restore it from a copy"
                     )
+        last = records[-1]["round"] if records else 0
+        if done is not None and last != done:
+            held = f"it ends with round {last}" if last else "it holds no round"
+            raise ConfigError(
+                f"{path} is damaged: {held}, but {done} were done (summary.json); restore it from a copy, or run again"
+            )
         return records
 
     @property
@@ -315,7 +315,8 @@ def read_runs(paths: Sequence[Path], unfinished: bool = False) -> Found:
             else:
                 left_out[real] = f"{path} ({short})"
     if not runs:
-        raise ConfigError(f"no run to show; {Found([], tuple(left_out.values())).note}")
+        note = Found([], tuple(left_out.values())).note
+        raise ConfigError(f"no run to show; {note}; wait for one of them, or go on with it (fedsim resume=<run>)")
     return Found(list(runs.values()), tuple(left_out.values()))
 
 
