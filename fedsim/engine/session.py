@@ -1,6 +1,6 @@
 """A Ray cluster for the time of a run: started here, privately, or joined; and nothing of it left behind.
 
-What was measured for these choices: see docs/decisions/006-ray.md.
+What was measured for these choices: see docs/decisions/007-ray.md.
 """
 
 from __future__ import annotations
