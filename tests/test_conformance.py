@@ -7,7 +7,7 @@ A law is a test with the argument ``name``. A strategy that a law does not fit s
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from fedsim import federation, tree
 from fedsim.checkpoint import Checkpoints
 from fedsim.config import CONF, Config
+from fedsim.engine import session as sessions
 from fedsim.federation import Federation
 from fedsim.program import Bound
 from fedsim.reduce import Entry, Reduced, Rows, Sized
@@ -29,7 +30,7 @@ from fedsim.strategy import SERVER, Strategy
 from tests.helpers import Interrupted, Run, configure, drive, quadratics
 
 NAMES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
-ENGINES = ["inline"]
+ENGINES = ["inline", pytest.param("ray", marks=pytest.mark.slow)]
 
 EVERYBODY = {"participation": {"_target_": "fedsim.clients.participation.All"}, "rounds": 2}
 
@@ -63,6 +64,13 @@ def _exemptions(request: pytest.FixtureRequest) -> None:
         reason = kind(callspec.params["name"]).exempt.get(request.node.originalname.removeprefix("test_"))
         if reason is not None:
             pytest.skip(reason)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    """One Ray cluster for all tests that need one."""
+    with sessions.kept():
+        yield
 
 
 _RUNS: dict[tuple[str, str], Run] = {}
