@@ -48,7 +48,10 @@ def instantiate(node: Mapping[str, Any], key: str, facts: Mapping[str, Any] | No
     try:
         make = hydra_instantiate({**node, "_partial_": True}, _convert_="all")
         # Facts are given here: Hydra would build what a config among them describes.
-        made = functools.partial(make, **extra) if node.get("_partial_") else make(**extra)
+        if node.get("_partial_"):
+            made = functools.partial(make, **extra) if extra else make
+        else:
+            made = make(**extra)
     except Exception as exc:
         cause: BaseException = exc
         while cause.__cause__ is not None and not isinstance(cause, FedsimError):

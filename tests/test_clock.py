@@ -129,7 +129,8 @@ def test_only_whole_nanoseconds_pass(duration: Any) -> None:
         Clock().advance(duration)
 
 
-@given(nanoseconds=st.integers(0, 2**52))
+# Two roundings, of n / 1e9 and of the product, are off by at most n 2^-53 nanoseconds each: together below 1/2.
+@given(nanoseconds=st.integers(0, 2**51 - 1))
 @settings(deadline=None, derandomize=True)
 def test_ns_inverts_seconds(nanoseconds: int) -> None:
     assert ns(nanoseconds / 1e9) == nanoseconds

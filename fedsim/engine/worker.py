@@ -61,6 +61,8 @@ class Worker:
                     done, entries = self._visit(program, task, i, sent)
                     place = task.first_leaf + i
                     done.entries = self._reduce(out, trees, entries, done.num_examples, place, task.num_leaves)
+                    if task.clients[i] != SERVER:
+                        done.bytes_up = sum(_charge(program, e) for e in entries.values())
                     break
                 except Exception as exc:
                     error = ClientError(f"{_where(task, i, program.seed)}: {_what(exc)}")
@@ -98,7 +100,6 @@ class Worker:
                 new["buffers.local"] = own
         done = Done(
             memory=new,
-            bytes_up=0 if client == SERVER else sum(_charge(program, e) for e in entries.values()),
             steps=local.stats.steps,
             examples=local.stats.examples,
             scored=local.stats.scored,
