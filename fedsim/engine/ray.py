@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import os
-import platform
 import sys
 import time
 from collections import deque
@@ -33,7 +32,6 @@ log = logging.getLogger("fedsim")
 
 AHEAD = 2  # tasks that a worker has at a time: the next one travels while it works
 START_S = 120.0  # a worker that takes longer to start never will
-STOP_S = 0.2  # for workers to end by themselves
 
 
 def remote_class() -> Any:
@@ -447,10 +445,3 @@ def _too_few(kind: str, needed: float, there: float) -> ConfigError:
         f"engine.workers and engine.{kind.lower()}s_per_worker need {needed:g} {kind}s, but there are {there:g}; lower "
         "one of them, or join a larger cluster with engine.address"
     )
-
-
-def versions() -> dict[str, str]:
-    """What must be equal on all nodes."""
-    import ray
-
-    return {"ray": ray.__version__, "python": platform.python_version(), "torch": torch.__version__}
