@@ -203,7 +203,7 @@ def _run(args: list[str]) -> None:
             raise ConfigError("a sweep (-m) takes neither --dry-run nor --cfg; try them on one of its runs")
         _sweep(request)
         return
-    exp, resume = _plan(request)
+    exp, resume = _plan(request, runs=not request.flags & {"--cfg", "--dry-run"})
     if "--cfg" in request.flags:
         from fedsim.config import dump
 
@@ -218,14 +218,17 @@ def _run(args: list[str]) -> None:
         execute(exp, resume)
 
 
-def _plan(request: Request) -> tuple[Experiment, Path | None]:
+def _plan(request: Request, runs: bool) -> tuple[Experiment, Path | None]:
     from fedsim.compose import requested
     from fedsim.config import check
+    from fedsim.engine.host import begin
 
     if given := [o for o in request.rest if o.lstrip("+~").startswith("hydra")]:
         raise ConfigError(f"{given[0]} has no effect without -m: hydra.* says how a sweep runs; remove it")
     config, run = requested(request.rest, request.config_dir)
     check(config)  # before torch is imported: a slip shows at once
+    if runs:
+        begin(config["engine"])  # workers import torch while this process does
     from fedsim.experiment import build
 
     return build(config, request.rest), run
@@ -313,7 +316,7 @@ def _list(args: list[str]) -> None:
 
 
 def _partition(args: list[str]) -> None:
-    exp, _ = _plan(_overrides(args, "--config-dir"))
+    exp, _ = _plan(_overrides(args, "--config-dir"), runs=False)
     if exp.partition is None:
         raise ConfigError(
             f"data={exp.program.dataset.name} brings its own clients, so there is no partition to look at"

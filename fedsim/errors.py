@@ -46,6 +46,12 @@ class ClientError(RunError):
         return self
 
 
+def require(condition: bool, key: str, needed: str, got: object) -> None:
+    """Raises a `ConfigError` that names the key, what was needed and what came."""
+    if not condition:
+        raise ConfigError(f"{key} must be {needed}, got {got!r}")
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`` (did you mean 'x'?)`` for the nearest known name, or the empty string.
 

@@ -37,6 +37,7 @@ log = logging.getLogger("fedsim")
 
 Charge = tuple[str, int, int | None]  # name, bytes, digest of the content of a `once` payload
 PIECE = 32  # clients in one task, at most
+PIECE_S = 0.05  # seconds of work in one task, at least, if there is enough for all workers: each costs milliseconds
 EVAL_ROWS = 4_000  # examples in one evaluation task; the order of sums follows from it
 
 
@@ -165,6 +166,7 @@ class Federation:
         self._flights: dict[int, Flight] = {}
         self._tickets: dict[int, Any] = {}
         self._digests: dict[str, tuple[Any, int]] = {}
+        self._pace: dict[str, float] = {}  # seconds per planned step, by phase, as last measured
         self.buffers = self.program.network.initial_buffers if self.program.network.buffer_layout.d else None
 
     @cached_property
@@ -256,6 +258,7 @@ class Federation:
         collector = Collector(program, len(cohort))
         waiting: dict[Any, Piece] = {}
         finished: list[tuple[Piece, list[Done], int]] = []
+        seconds: list[float] = []
 
         def take() -> None:
             ticket = self.engine.wait(list(waiting))
@@ -263,13 +266,14 @@ class Federation:
             piece = waiting.pop(ticket)
             self._keep(piece, outcome)
             collector.add(outcome, piece.task.first_leaf)
+            seconds.append(outcome.seconds)
             for made in outcome.done:  # a cohort may be large
                 made.memory = {}
             slim = replace(piece, old=[], marks=[], task=replace(piece.task, memory=(), unicast={}))
             finished.append((slim, outcome.done, outcome.retries))
 
         planned = [self._planned(client, steps, epochs, program) for client in cohort]
-        for first, end in cut(planned, self.engine.slots):
+        for first, end in cut(planned, self.engine.slots, PIECE_S / self._pace.get(phase, PIECE_S)):
             part = cohort[first:end]
             own = {} if send is not None else strategy.unicast(state, part)
             task = Task(
@@ -291,6 +295,7 @@ class Federation:
                 take()
         while waiting:
             take()
+        self._pace[phase] = max(sum(seconds), 1e-9) / sum(p + 1 for p in planned)
         finished.sort(key=lambda f: f[0].task.first_leaf)  # sums must not depend on who was first
         self._clock.advance(max(self._adopt(*f) for f in finished))
         failed = {c for piece, done, _ in finished for c, d in zip(piece.task.clients, done, strict=True) if d.error}
@@ -636,7 +641,7 @@ class Federation:
         return scores
 
 
-def cut(planned: Sequence[int], slots: int) -> list[tuple[int, int]]:
+def cut(planned: Sequence[int], slots: int, least: float = 1) -> list[tuple[int, int]]:
     """Cuts a cohort into ranges of neighbours, those with most work first.
 
     Bits do not depend on it. For several workers the ranges become smaller towards the end (half of what is left,
@@ -645,16 +650,17 @@ def cut(planned: Sequence[int], slots: int) -> list[tuple[int, int]]:
     Args:
         planned: Steps of each client.
         slots: Number of workers.
+        least: Steps worth a range of their own, if that leaves none of the workers without work.
 
     Returns:
         Ranges ``(first, end)``, of at most `PIECE` clients.
     """
     work = [p + 1 for p in planned]
     left, ranges, first = sum(work), list[tuple[int, int, int]](), 0
-    share = left
+    share: float = left
     while first < len(work):
         if slots > 1 and len(ranges) % slots == 0:
-            share = max(left // (2 * slots), left // 20, 1)
+            share = max(left / (2 * slots), min(least, left / slots))
         end, size = first, 0
         while end < len(work) and end - first < PIECE and (size == 0 or size + work[end] / 2 <= share):
             size += work[end]

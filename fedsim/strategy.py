@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from fedsim import random
 from fedsim.errors import ConfigError
+from fedsim.errors import require as require
 from fedsim.reduce import Entry, Reduced, mean
 from fedsim.vector import Layout
 
@@ -223,12 +224,6 @@ class Strategy(ClientHalf):
     def finalize(self, fed: Federation, state: Any) -> Any:
         """After the last round; `Federation.round_num` is one more than that round's."""
         return state
-
-
-def require(condition: bool, key: str, needed: str, got: object) -> None:
-    """Raises a `ConfigError` that names the key, what was needed and what came."""
-    if not condition:
-        raise ConfigError(f"{key} must be {needed}, got {got!r}")
 
 
 _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "null"}

@@ -89,6 +89,7 @@ class Outcome:
         rows: Rows of every ``stack`` or ``concat`` entry, one item per client whose visit did not fail.
         done: Each client's visit, in the order of the task.
         retries: Visits that were made again because they had failed.
+        seconds: How long the work took.
     """
 
     kinds: dict[str, str] = field(default_factory=dict)
@@ -96,6 +97,7 @@ class Outcome:
     rows: dict[str, Any] = field(default_factory=dict)
     done: list[Done] = field(default_factory=list)
     retries: int = 0
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ that dies is replaced, and its work is done again from the same seeds: results d
 from __future__ import annotations
 
 import logging
-import os
 import sys
 import time
 from collections import deque
@@ -21,50 +20,17 @@ from torch import Tensor
 from fedsim.config import Config
 from fedsim.engine import session as sessions
 from fedsim.engine.base import EvalTask, Outcome, Task
+from fedsim.engine.host import Crew, start
 from fedsim.engine.probe import probe
 from fedsim.engine.wire import Message, pack, unpack
-from fedsim.errors import ConfigError, FedsimError, RunError, one_line
+from fedsim.errors import ConfigError, FedsimError, RunError, one_line, require
 from fedsim.experiment import Shared
 from fedsim.program import Program
-from fedsim.strategy import require
 
 log = logging.getLogger("fedsim")
 
 AHEAD = 2  # tasks that a worker has at a time: the next one travels while it works
 START_S = 120.0  # a worker that takes longer to start never will
-
-
-def remote_class() -> Any:
-    """The class of a worker process, by value: it is there before fedsim can be imported, and makes it importable."""
-
-    class Host:
-        """One worker process."""
-
-        def setup(self, path: list[str], folder: str, message: Message, shared: Message) -> str:
-            """Builds the program anew; returns the hash of a probe."""
-            import contextlib
-            import os
-            import sys
-
-            sys.path[:] = [*path, *(p for p in sys.path if p not in path)]
-            with contextlib.suppress(OSError):  # another node may not have it
-                os.chdir(folder)
-            from fedsim.engine.ray import Process
-
-            self.process = Process(message, shared)
-            return self.process.probe
-
-        def run(self, message: Message, sent: Message) -> tuple[Message, Any]:
-            """Runs a task; returns its outcome, and rows apart, which may stay in shared memory."""
-            return self.process.run(message, sent)
-
-        def pid(self) -> int:
-            """Its process id."""
-            import os
-
-            return os.getpid()
-
-    return Host
 
 
 class Process:
@@ -176,57 +142,34 @@ class RayEngine:
         timeout_s: float | None = None,
         dashboard: bool = False,
     ) -> None:
-        whole = isinstance(workers, int) and not isinstance(workers, bool)
-        require(workers is None or (whole and workers > 0), "engine.workers", "a whole number > 0, or null", workers)
-        require(cpus_per_worker > 0, "engine.cpus_per_worker", "> 0", cpus_per_worker)
-        require(gpus_per_worker >= 0, "engine.gpus_per_worker", ">= 0", gpus_per_worker)
+        crew = Crew(workers, cpus_per_worker, gpus_per_worker, address, dashboard)
         require(max_retries >= 0, "engine.max_retries", ">= 0", max_retries)
         require(timeout_s is None or timeout_s > 0, "engine.timeout_s", "> 0, or null", timeout_s)
         self.retries = 0
         self._max_retries, self._timeout_s = max_retries, timeout_s
         self._program, self._config = program, run_config
-        self._options = {"num_cpus": cpus_per_worker, "num_gpus": gpus_per_worker}
+        self._options = crew.options
         self._before = torch.get_num_threads()
         torch.set_num_threads(threads)  # the server's step too
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        gpus = torch.cuda.device_count()
-        if address == "local":
-            if gpus_per_worker > 0 and (workers or 1) * gpus_per_worker > gpus:
-                raise _too_few("GPU", (workers or 1) * gpus_per_worker, gpus)
-            by_gpu = int(gpus / gpus_per_worker) if gpus_per_worker else cores
-            workers = workers or max(1, min(by_gpu, int(cores / cpus_per_worker)))
-        need = (workers or 1) * cpus_per_worker
-        self._session = sessions.lease(address, need, gpus if gpus_per_worker else 0, dashboard)
+        self._session = crew.lease(torch.cuda.device_count() if gpus_per_worker else 0)
         self._jobs: dict[int, _Job] = {}
         self._pending: deque[int] = deque()
         self._hosts: list[_Host] = []
         self._submitted = 0
         try:
-            self._start(workers)
+            self.slots = crew.size(self._session)
+            self._start()
         except BaseException:
             self.close()
             raise
 
-    def _start(self, workers: int | None) -> None:
+    def _start(self) -> None:
         import ray
 
-        there = self._session.resources()
-        fits = min(int(there.get(kind[4:].upper()[:3], 0) / n) for kind, n in self._options.items() if n)
-        for kind, n in self._options.items():
-            name = kind[4:].upper()[:3]
-            if n * (workers or 1) > there.get(name, 0) + 1e-9:
-                raise _too_few(name, n * (workers or 1), there.get(name, 0))
-        self.slots = workers or fits
-        self._probe = probe(self._config["engine"]["device"])
-        self._kind = ray.remote(remote_class())
-        self._setup = [
-            [p or os.getcwd() for p in sys.path],
-            os.getcwd(),
-            ray.put(pack(self._config)),
-            ray.put(pack(Shared.of(self._program))),
-        ]
+        self._setup = [ray.put(pack(self._config)), ray.put(pack(Shared.of(self._program)))]
         for _ in range(self.slots):
             self._add_host()
+        self._probe = probe(self._config["engine"]["device"])  # after the workers have begun
         for _, actor in self._session.idle:  # of an earlier run with more workers, or of another kind
             ray.kill(actor)
         self._session.idle.clear()
@@ -284,10 +227,7 @@ class RayEngine:
     def _add_host(self) -> None:
         idle = self._session.idle
         place = next((i for i, (options, _) in enumerate(idle) if options == self._options), None)
-        if place is not None:
-            actor = idle.pop(place)[1]
-        else:
-            actor = self._kind.options(max_restarts=0, max_task_retries=0, **self._options).remote()
+        actor = start(self._options) if place is None else idle.pop(place)[1]
         self._hosts.append(_Host(actor, actor.setup.remote(*self._setup), time.monotonic()))
 
     def _lose(self, host: _Host, why: BaseException) -> None:
@@ -438,10 +378,3 @@ def _what(task: Task | EvalTask) -> str:
 
 def _reason(why: BaseException) -> str:
     return one_line(why)[:200]
-
-
-def _too_few(kind: str, needed: float, there: float) -> ConfigError:
-    return ConfigError(
-        f"engine.workers and engine.{kind.lower()}s_per_worker need {needed:g} {kind}s, but there are {there:g}; lower "
-        "one of them, or join a larger cluster with engine.address"
-    )

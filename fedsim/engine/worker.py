@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class Worker:
     # --- training ------------------------------------------------------------------------------------
 
     def _train(self, task: Task) -> Outcome:
+        began = time.perf_counter()
         program, out = self.program if task.model is None else self.program.variant(task.model), Outcome()
         trees: dict[str, TreeSum] = {}
         sent = lead(task.sent, self.program.device)
@@ -74,6 +76,7 @@ class Worker:
                         raise error.of(task.round_num, task.clients[i], task.phase, task.visits[i]) from exc
             out.done.append(done)
         out.nodes = {name: sums.nodes for name, sums in trees.items()}
+        out.seconds = time.perf_counter() - began
         return out
 
     def _visit(self, program: Program, task: Task, i: int, sent: dict[str, Any]) -> tuple[Done, dict[str, Entry]]:
