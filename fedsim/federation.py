@@ -37,6 +37,7 @@ log = logging.getLogger("fedsim")
 
 Charge = tuple[str, int, int | None]  # name, bytes, digest of the content of a `once` payload
 PIECE = 32  # clients in one task, at most
+PIECE_BYTES = 128 * 2**20  # parameter vectors in one task, at most: each client may have one to remember
 PIECE_S = 0.05  # seconds of work in one task, at least, if there is enough for all workers: each costs milliseconds
 EVAL_ROWS = 4_000  # examples in one evaluation task; the order of sums follows from it
 
@@ -273,7 +274,8 @@ class Federation:
             finished.append((slim, outcome.done, outcome.retries))
 
         planned = [self._planned(client, steps, epochs, program) for client in cohort]
-        for first, end in cut(planned, self.engine.slots, PIECE_S / self._pace.get(phase, PIECE_S)):
+        least = PIECE_S / self._pace.get(phase, PIECE_S)
+        for first, end in cut(planned, self.engine.slots, least, self._most):
             part = cohort[first:end]
             own = {} if send is not None else strategy.unicast(state, part)
             task = Task(
@@ -412,8 +414,8 @@ class Federation:
         handle = self.engine.put(self.payload(state))
 
         def tasks() -> Iterator[EvalTask]:  # one by one: all clients' rows at once would not fit
-            for first in range(0, len(clients), PIECE):
-                part = tuple(clients[first : first + PIECE])
+            for first in range(0, len(clients), self._most):
+                part = tuple(clients[first : first + self._most])
                 rows = tuple(self.memory.get(part))
                 own = self.unicast(state, part)
                 yield EvalTask("heldout", mode, handle, (0, 0), part, rows, own, self.round_num, epochs)
@@ -482,6 +484,11 @@ class Federation:
         return self._piece(task, charges, own, self.program).down[0]
 
     # --- inside ---------------------------------------------------------------------------------------
+
+    @property
+    def _most(self) -> int:
+        """Clients in one task: what is under way must fit into memory, however large the cohort is."""
+        return max(1, min(PIECE, PIECE_BYTES // (4 * max(self.layout.d, 1))))
 
     def _count(self, what: str) -> int:
         call = self._calls.get(what, 0)
@@ -641,7 +648,7 @@ class Federation:
         return scores
 
 
-def cut(planned: Sequence[int], slots: int, least: float = 1) -> list[tuple[int, int]]:
+def cut(planned: Sequence[int], slots: int, least: float = 1, most: int = PIECE) -> list[tuple[int, int]]:
     """Cuts a cohort into ranges of neighbours, those with most work first.
 
     Bits do not depend on it. For several workers the ranges become smaller towards the end (half of what is left,
@@ -651,9 +658,10 @@ def cut(planned: Sequence[int], slots: int, least: float = 1) -> list[tuple[int,
         planned: Steps of each client.
         slots: Number of workers.
         least: Steps worth a range of their own, if that leaves none of the workers without work.
+        most: Clients in a range, at most.
 
     Returns:
-        Ranges ``(first, end)``, of at most `PIECE` clients.
+        Ranges ``(first, end)``.
     """
     work = [p + 1 for p in planned]
     left, ranges, first = sum(work), list[tuple[int, int, int]](), 0
@@ -662,7 +670,7 @@ def cut(planned: Sequence[int], slots: int, least: float = 1) -> list[tuple[int,
         if slots > 1 and len(ranges) % slots == 0:
             share = max(left / (2 * slots), min(least, left / slots))
         end, size = first, 0
-        while end < len(work) and end - first < PIECE and (size == 0 or size + work[end] / 2 <= share):
+        while end < len(work) and end - first < most and (size == 0 or size + work[end] / 2 <= share):
             size += work[end]
             end += 1
         ranges.append((size, first, end))
