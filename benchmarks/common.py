@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import socket
 import statistics
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from fedsim.data import Dataset, Split
+
+CLIENTS, STEPS, BATCH, LR = 10, 20, 32, 0.01  # a round of `benchmarks.engines` and of Flower beside it
 
 
 @dataclass(frozen=True)
@@ -47,3 +56,58 @@ def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str,
 def ratio(seconds: dict[str, list[float]], top: str, bottom: str) -> float:
     """Median of the ratios of neighbouring turns, which share the machine's mood."""
     return statistics.median(a / b for a, b in zip(seconds[top], seconds[bottom], strict=True))
+
+
+def since_start() -> float:
+    """Seconds since this process was started, to 10 ms."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+class Idle:
+    """The share of the machine's processor time that nobody used, since it was made or last asked."""
+
+    def __init__(self) -> None:
+        self._before = self._ticks()
+
+    @staticmethod
+    def _ticks() -> list[int]:
+        return [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+
+    def share(self) -> float:
+        now = self._ticks()
+        spent = [b - a for a, b in zip(self._before, now, strict=True)]
+        self._before = now
+        return (spent[3] + spent[4]) / max(1, sum(spent))  # idle, and waiting for a disk
+
+
+@contextlib.contextmanager
+def own_folder() -> Iterator[Path]:
+    """A temporary folder in which all else that is temporary goes: clusters too, so that the user's own is another."""
+    before = os.environ.get("TMPDIR")
+    with tempfile.TemporaryDirectory(prefix="fb") as folder:
+        os.environ["TMPDIR"] = tempfile.tempdir = folder
+        try:
+            yield Path(folder)
+        finally:
+            tempfile.tempdir = None
+            os.environ.pop("TMPDIR") if before is None else os.environ.__setitem__("TMPDIR", before)
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[None]:
+    """A cluster as ``fedsim cluster up`` starts it, with two CPUs; runs find it by ``engine.address=auto``."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    command = [sys.executable, "-m", "fedsim.cli", "cluster"]
+    subprocess.run([*command, "up", "cpus=2", f"port={port}"], check=True, stdout=subprocess.DEVNULL)
+    try:
+        yield
+    finally:
+        subprocess.run([*command, "down"], check=True, stdout=subprocess.DEVNULL)
+
+
+def aim(what: str, found: float, limit: float, met: bool) -> str:
+    """A line that says whether a target was met."""
+    return f"  {'met   ' if met else 'MISSED'}  {what}: {found:.3g} (target {limit:g})"
