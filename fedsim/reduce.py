@@ -152,7 +152,7 @@ class TreeSum:
         self._top = max(num_leaves - 1, 0).bit_length()
 
     def add(self, node: Node, value: tuple[Tensor, ...]) -> None:
-        """Adds the sum of the leaves under ``node``."""
+        """Adds the sum of the leaves under ``node``; its tensors now belong to the tree, which adds others to them."""
         level, index = node
         while level < self._top:
             last = (self.num_leaves - 1) >> level
@@ -166,7 +166,7 @@ class TreeSum:
                         f"{[tuple(b.shape) for b in right]} (value and weight) under one name; they must be equal"
                     )
                 absent = ABSENT in (left, right)
-                value = left or right if absent else tuple(a + b for a, b in zip(left, right, strict=True))
+                value = left or right if absent else tuple(a.add_(b) for a, b in zip(left, right, strict=True))
             else:
                 break
             level, index = level + 1, index >> 1
