@@ -179,6 +179,7 @@ class Driver:
         self.progress = Progress()
         self._visits: Visits | None = None
         self._note = ""
+        self._lost = 0  # retries of the engine that are in the records
         self._begin = self._saved = time.monotonic()
         self._scores: dict[str, list[Score]] = {}  # of the latest evaluation of clients, by mode
         self._local_buffers = exp.program.options.buffers == "local" and exp.program.network.buffer_layout.d > 0
@@ -308,7 +309,7 @@ class Driver:
     # --- rounds --------------------------------------------------------------------------------------
 
     def _round(self, number: int) -> dict[str, Any]:
-        p, fed, lost = self.progress, self.fed, self.engine.retries
+        p, fed = self.progress, self.fed
         p.state = rounds.following(fed, p.state, number)
         p.round_num = number
         self._book()
@@ -334,7 +335,8 @@ class Driver:
             self._note_best()
         if due:  # not for the sake of the last round: a run that takes more rounds later must not stop earlier
             self._stop_if_good()
-        record["retries"] += self.engine.retries - lost  # of workers, in evaluation too
+        record["retries"] += self.engine.retries - self._lost  # of workers; since the round before, or since the start
+        self._lost = self.engine.retries
         return record | fed.log
 
     def _book(self) -> None:

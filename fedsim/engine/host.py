@@ -67,6 +67,8 @@ class Crew:
         if wanted > gpus:
             raise too_few("GPU", wanted, gpus)
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if self.cpus_per_worker > cores:
+            raise too_few("CPU", self.cpus_per_worker, cores)
         by_gpu = int(gpus / self.gpus_per_worker) if self.gpus_per_worker else cores
         return self.workers or max(1, min(by_gpu, int(cores / self.cpus_per_worker)))
 

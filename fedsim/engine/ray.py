@@ -31,6 +31,7 @@ log = logging.getLogger("fedsim")
 
 AHEAD = 2  # tasks that a worker has at a time: the next one travels while it works
 START_S = 120.0  # a worker that takes longer to start never will
+PATIENCE_S = 8.0  # after which it is said that none has started
 
 
 class Process:
@@ -173,11 +174,25 @@ class RayEngine:
         for _, actor in self._session.idle:  # of an earlier run with more workers, or of another kind
             ray.kill(actor)
         self._session.idle.clear()
-        deadline = time.monotonic() + START_S
+        begin, told = time.monotonic(), False
         while all(h.starting is not None for h in self._hosts):
-            if time.monotonic() > deadline:
-                raise RunError(f"no worker started within {START_S:g} s; are the cluster's CPUs taken by others?")
+            waited = time.monotonic() - begin
+            if waited > START_S:
+                raise RunError(f"no worker started within {START_S:g} s: {self._shortage()}")
+            if waited > PATIENCE_S and not told and not self._session.local:
+                told = True
+                log.warning("no worker has started yet: %s; waits up to %g s", self._shortage(), START_S)
             self._pump(1.0)
+
+    def _shortage(self) -> str:
+        """Why workers may wait."""
+        there, free = self._session.resources(), self._session.free()
+        parts = [
+            f"{free.get(kind, 0.0):g} of {there.get(kind, 0.0):g} {kind}s are free, and each worker needs {need:g}"
+            for kind, need in (("CPU", self._options["num_cpus"]), ("GPU", self._options["num_gpus"]))
+            if need
+        ]
+        return f"{'; '.join(parts)}; if other jobs hold the rest (see `ray status`), end them or wait for them"
 
     # --- the contract ---------------------------------------------------------------------------------
 
@@ -251,8 +266,8 @@ class RayEngine:
                     self._pending.remove(ticket)
                     job.done = True
                     job.error = RunError(
-                        f"{_what(job.task)}: the worker was lost {job.lost} times ({_reason(why)}); raise "
-                        "engine.max_retries, give it more memory, or look at it alone with engine=inline"
+                        f"{_what(job.task)}: the worker was lost {job.lost} times ({_reason(why)}); {_remedy(why)}, or "
+                        "look at it alone with engine=inline"
                     )
             current = False
 
@@ -285,6 +300,9 @@ class RayEngine:
         ready, _ = ray.wait(list(of), num_returns=1, timeout=timeout_s)
         for ref in ready:
             self._take(of[ref], ref)
+        waits = time.monotonic() - max(h.since for h in self._hosts)
+        if not ready and waits > START_S and all(h.starting is not None for h in self._hosts):
+            raise RunError(f"no worker started within {START_S:g} s: {self._shortage()}")
         if self._timeout_s is not None and not ready:
             now = time.monotonic()
             for host in [h for h in self._hosts if h.jobs]:
@@ -308,6 +326,11 @@ class RayEngine:
             error = (
                 exc.cause if isinstance(exc.cause, FedsimError) else RunError(f"a worker failed: {one_line(exc.cause)}")
             )
+            if job is None and isinstance(error, ConfigError):
+                raise ConfigError(
+                    f"a worker cannot build what the driver did: {error}; plug-ins must be in modules, not in the "
+                    "script that runs, and installed or in a folder of the same path on every node"
+                ) from exc
             if job is None:
                 raise error from exc
             job.error = error
@@ -378,3 +401,12 @@ def _what(task: Task | EvalTask) -> str:
 
 def _reason(why: BaseException) -> str:
     return one_line(why)[:200]
+
+
+def _remedy(why: BaseException) -> str:
+    """What to do when work keeps losing its worker."""
+    from ray.exceptions import OutOfMemoryError
+
+    if isinstance(why, OutOfMemoryError):
+        return "lower engine.workers or client.batch_size, use a machine with more memory"
+    return "raise engine.max_retries, give it more memory"
