@@ -23,6 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from fedsim.engine import leftovers
 from fedsim.engine import session as sessions
 from fedsim.errors import ConfigError, RunError
 
@@ -50,7 +51,7 @@ class State:
     @property
     def alive(self) -> bool:
         """Whether the supervisor runs."""
-        return bool(self.started) and sessions._start_time(self.pid) == self.started
+        return bool(self.started) and leftovers.start_time(self.pid) == self.started
 
 
 def up(nodes: int = 1, cpus: int | None = None, port: int = 6379) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def up(nodes: int = 1, cpus: int | None = None, port: int = 6379) -> dict[str, A
                 f"a cluster is up already at {state.address}; run on it with engine.address={state.address}, or end "
                 "it with `fedsim cluster down` first"
             )
-        sessions.remove(folder)  # what one left whose supervisor was killed
+        leftovers.remove(folder)  # what one left whose supervisor was killed
         _check_free(port)
         folder.mkdir(mode=0o700)
         token = folder / "token"
@@ -115,7 +116,7 @@ def status() -> dict[str, Any]:
     Raises:
         RunError: Nothing is up, or it does not answer.
     """
-    folder = sessions._root() / "cluster"
+    folder = leftovers.user_root() / "cluster"
     state = _state(folder)
     if state is None:
         raise RunError("no cluster is up here; start one with `fedsim cluster up`")
@@ -144,7 +145,7 @@ def status() -> dict[str, Any]:
 @contextlib.contextmanager
 def _locked() -> Iterator[Path]:
     """The cluster's folder, which may not exist, for this command alone."""
-    root = sessions.private_root()
+    root = leftovers.private_root()
     lock = os.open(root, os.O_RDONLY)  # no file for it: one that is removed may be locked twice
     try:
         try:
@@ -200,7 +201,7 @@ def _launch(folder: Path, address: str, nodes: int, cpus: int) -> None:
             (os.POSIX_SPAWN_DUP2, 1, 2),
         ],
     )
-    state = State(pid, sessions._start_time(pid), address)
+    state = State(pid, leftovers.start_time(pid), address)
     (folder / "state.new").write_text(json.dumps(asdict(state)))
     (folder / "state.new").rename(folder / "state.json")
     deadline = time.monotonic() + START_S
@@ -224,7 +225,7 @@ def _end(folder: Path) -> None:
     if state is not None:
         with contextlib.suppress(ChildProcessError):  # it is a child of the process that called `up`
             os.waitpid(state.pid, os.WNOHANG)
-    sessions.remove(folder)
+    leftovers.remove(folder)
 
 
 def _interrupt_runs(folder: Path, state: State) -> None:
@@ -232,7 +233,7 @@ def _interrupt_runs(folder: Path, state: State) -> None:
     deadline = time.monotonic() + RUNS_S
     asked = set[int]()
     while time.monotonic() < deadline:
-        runs = {pid for pid in sessions._users(folder) if _session_of(pid) not in (None, state.pid)}
+        runs = {pid for pid in leftovers.users_of(folder) if _session_of(pid) not in (None, state.pid)}
         for pid in runs - asked:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM)
@@ -296,4 +297,4 @@ def supervise(folder: str, address: str, nodes: str, cpus: str) -> None:
     finally:
         cluster.shutdown()  # type: ignore[no-untyped-call]
         if not ended.is_set():  # nobody asked for it, so nobody else removes it
-            sessions.remove(place)
+            leftovers.remove(place)

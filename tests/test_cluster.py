@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from fedsim.engine import address
 from fedsim.engine import session as sessions
 from tests.cli import QUICK, ROOT, Fedsim, Outcome, process
 
@@ -186,10 +187,10 @@ def test_a_cluster_of_somebody_else_is_not_joined(empty: Place, monkeypatch: pyt
     folder, user = empty.folder, os.getuid()
     folder.mkdir(parents=True)
     (folder / "state.json").write_text('{"pid": 1, "started": "1", "address": "127.0.0.1:1"}')
-    assert sessions.own_cluster() == ("127.0.0.1:1", folder / "token")
+    assert address.own_cluster() == ("127.0.0.1:1", folder / "token")
     folder.parent.rename(empty.tmp / f"fedsim-{user + 1}")  # found by its name, yet not that user's
     monkeypatch.setattr(os, "getuid", lambda: user + 1)
-    assert sessions.own_cluster() is None
+    assert address.own_cluster() is None
     monkeypatch.undo()
 
 

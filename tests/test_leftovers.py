@@ -15,6 +15,7 @@ import pytest
 from torch import Tensor
 
 from fedsim.clients.local import Local
+from fedsim.engine import leftovers
 from fedsim.engine import session as sessions
 from fedsim.strategies.fedavg import FedAvg
 from tests.cli import QUICK
@@ -254,12 +255,12 @@ def test_what_a_kill_leaves_when_the_guard_dies_too_is_cleared_by_the_next_run(h
 def test_the_guard_waits_until_its_process_is_gone(here: Room) -> None:
     folder = here.tmp / "1-1"
     folder.mkdir()
-    pid, held = sessions._start_guard(folder)
+    pid, held = leftovers.start_guard(folder)
     try:
         time.sleep(0.5)
         assert folder.exists() and os.waitpid(pid, os.WNOHANG) == (0, 0)
     finally:
-        sessions._end_guard(pid, held)
+        leftovers.end_guard(pid, held)
     assert not folder.exists()
 
 
@@ -270,7 +271,7 @@ def test_only_who_has_a_file_of_the_cluster_open_is_ended(here: Room) -> None:
     inside, outside = here.start(str(folder / "log"), code=code), here.start(str(here.path / "log"), code=code)
     for process in (inside, outside):
         assert process.stdout is not None and process.stdout.readline() == "1\n"
-    sessions.remove(folder, grace_s=0)
+    leftovers.remove(folder, grace_s=0)
     assert inside.wait(5) == -signal.SIGKILL and outside.poll() is None and not folder.exists()
     outside.kill()
     for process in (inside, outside):

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from fedsim.engine import address as addresses
+from fedsim.engine import leftovers
 from fedsim.engine import session as sessions
 from fedsim.engine.session import Session
 from fedsim.errors import ConfigError
@@ -48,7 +50,7 @@ def listener(answer: bytes | None) -> Iterator[str]:
                     if answer is not None:
                         connection.sendall(answer)
                     else:
-                        time.sleep(sessions.CONNECT_S + 1)
+                        time.sleep(addresses.CONNECT_S + 1)
 
         thread = threading.Thread(target=serve)
         thread.start()
@@ -111,7 +113,7 @@ def test_a_token_that_is_not_there_is_said_before_ray_aborts(
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
     monkeypatch.delenv("RAY_AUTH_TOKEN", raising=False)
-    with listener(sessions.HELLO[-9:]) as address:
+    with listener(addresses.HELLO[-9:]) as address:
         said = refused(address)
     assert "RAY_AUTH_MODE=token, but" in said and needed in said and str(tmp_path) in said
 
@@ -127,14 +129,14 @@ def test_a_temporary_folder_that_cannot_be_used_is_one_line(
 ) -> None:
     file = tmp_path / "file"
     file.touch()
-    monkeypatch.setattr(sessions, "_root", lambda: file)
+    monkeypatch.setattr(leftovers, "user_root", lambda: file)
     outcome = fedsim(*JOIN)
     assert outcome.status == 2 and "set TMPDIR to a folder of your own" in outcome.line and str(file) in outcome.line
 
 
 def test_a_long_temporary_folder_is_not_used_for_sockets(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(tempfile, "tempdir", f"/tmp/{'x' * 60}")
-    assert sessions._root() == Path(f"/tmp/fedsim-{os.getuid()}")
+    assert leftovers.user_root() == Path(f"/tmp/fedsim-{os.getuid()}")
 
 
 def test_a_worker_must_fit_on_the_machine(fedsim: Fedsim) -> None:
