@@ -38,7 +38,7 @@ log = logging.getLogger("fedsim")
 Charge = tuple[str, int, int | None]  # name, bytes, digest of the content of a `once` payload
 PIECE = 32  # clients in one task, at most
 PIECE_BYTES = 128 * 2**20  # parameter vectors in one task, at most: each client may have one to remember
-PIECE_S = 0.05  # seconds of work in one task, at least, if there is enough for all workers: each costs milliseconds
+PIECE_S = 0.1  # seconds of work in one task, at least, if there is enough for all workers: each costs milliseconds
 EVAL_ROWS = 4_000  # examples in one evaluation task; the order of sums follows from it
 
 
