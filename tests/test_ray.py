@@ -203,6 +203,7 @@ def killer(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> list
 def test_workers_may_die_in_training_and_in_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values: dict[str, Any] = {**EVERYBODY, "eval.clients": "all"}
     expected = run("inline", tmp_path, "strategy=scaffold", values=values)
+    monkeypatch.setattr("fedsim.federation.PIECE_S", 1e-9)  # many tasks
     killed = killer(monkeypatch, lambda count: count % 5 == 3)
     got = run("ray", tmp_path, "strategy=scaffold", values=values)
     assert len(killed) >= 3
