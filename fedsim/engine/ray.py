@@ -303,12 +303,21 @@ class RayEngine:
         waits = time.monotonic() - max(h.since for h in self._hosts)
         if not ready and waits > START_S and all(h.starting is not None for h in self._hosts):
             raise RunError(f"no worker started within {START_S:g} s: {self._shortage()}")
-        if self._timeout_s is not None and not ready:
-            now = time.monotonic()
-            for host in [h for h in self._hosts if h.jobs]:
-                if now - self._jobs[host.jobs[0]].began > self._timeout_s:
-                    self._lose(host, TimeoutError(f"silent for {self._timeout_s:g} s, engine.timeout_s"))
+        self._lose_silent()
         self._assign()
+
+    def _lose_silent(self) -> None:
+        """Takes for lost who has been at one task for too long, and has not just finished it."""
+        import ray
+
+        if self._timeout_s is None:
+            return
+        then = time.monotonic() - self._timeout_s
+        late = [h for h in self._hosts if h.jobs and self._jobs[h.jobs[0]].began < then]
+        refs = {self._jobs[h.jobs[0]].refs[0]: h for h in late}
+        if refs:
+            for ref in ray.wait(list(refs), num_returns=len(refs), timeout=0)[1]:
+                self._lose(refs[ref], TimeoutError(f"silent for {self._timeout_s:g} s, engine.timeout_s"))
 
     def _take(self, host: _Host, ref: Any) -> None:
         """A worker has started, or finished its current task, or died."""
