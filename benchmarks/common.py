@@ -18,7 +18,8 @@ import torch
 
 from fedsim.data import Dataset, Split
 
-CLIENTS, STEPS, BATCH, LR = 10, 20, 32, 0.01  # a round of `benchmarks.engines` and of Flower beside it
+# A round of `benchmarks.engines`, and of Flower beside it. The environment reaches every process of both.
+CLIENTS, STEPS, BATCH, LR = 10, 20, int(os.environ.get("BENCHMARKS_BATCH", "32")), 0.01
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,8 @@
 
     python -m benchmarks.engines [--flower-python PATH] [--models mlp lenet5 cnn] [--turns 3] [--rounds 9]
 
-10 clients, 20 steps of 32 examples each, one thread per worker, CPU; what is equal on Flower's side, and what is not,
+10 clients, 20 steps of 32 examples each (``BENCHMARKS_BATCH=10`` in the environment: of 10), one thread per worker,
+CPU; what is equal on Flower's side, and what is not,
 is said in `benchmarks.flower_baseline`. Without ``--flower-python`` (a Python that can import flwr) it is left out.
 
 A turn is, one after the other and nothing of one while another is measured: rounds of fedsim's three sides, each round
@@ -33,6 +34,8 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.common import BATCH, CLIENTS, LR, STEPS, Idle, aim, cluster, own_folder, ratio
 from fedsim import rounds
@@ -159,6 +162,11 @@ def measure(model: str, turns: int, count: int, python: str | None, folder: Path
     starts: dict[str, list[float]] = {"fedsim, kept cluster": [], "fedsim": [], "flower": []}
     idle: dict[str, list[float]] = {name: [] for name in ("at rest", *SIDES)}
     beside: list[float] = []  # two workers over Flower, by turn
+    first_round(model, "local", folder / "runs")  # not counted: files come from a cold disk
+    if python is not None:
+        theirs = flower(python, model, 0)["versions"]["torch"]
+        if theirs != torch.__version__:
+            raise SystemExit(f"Flower's side has torch {theirs}, and this {torch.__version__}: install the same build")
     for turn in range(turns):
         idle["at rest"].append(at_rest())
         with cluster():
@@ -216,7 +224,7 @@ def report(
         for what, found, limit in (
             ("two workers' round over Flower's", statistics.median(beside), FLOWER[model]),
             ("first round over Flower's", cold, COLD),
-            ("first round on a kept cluster over Flower's", kept, KEPT),
+            ("first round on a kept cluster over Flower's cold one", kept, KEPT),
         ):
             print(aim(what, found, limit, found <= limit))
     sys.stdout.flush()

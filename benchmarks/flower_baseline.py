@@ -13,8 +13,9 @@ of the clients' parameters by examples (Flower's own `FedAvg`), usage statistics
 In Flower's favour: inputs are normalised once, beforehand, as float32 (fedsim does it per batch, from bytes); module
 and data stay in the worker between visits; no printing of a run's header, no file, no checkpoint, which the start-up of
 fedsim's command includes; and it starts by `run_simulation`, which Flower calls deprecated, but which spares it what
-``flwr run`` adds: packing the app, a SuperLink, and processes to talk to it. Against it: its log of every round, and
-nothing else that we know of. Not equal: the bits, as the random streams differ.
+``flwr run`` adds: packing the app, a SuperLink, and processes to talk to it. Against it: its log of every round. And
+its server looks for results every 0.1 s (its default, which no setting of a user changes), so that its rounds come in
+steps of that: of short ones much is waiting. Not equal: the bits, as the random streams differ, and the version of Ray.
 """
 
 from __future__ import annotations

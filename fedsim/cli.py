@@ -221,17 +221,23 @@ def _run(args: list[str]) -> None:
 def _plan(request: Request, runs: bool) -> tuple[Experiment, Path | None]:
     from fedsim.compose import requested
     from fedsim.config import check
-    from fedsim.engine.host import begin
+    from fedsim.engine.host import begin, crew_of
+    from fedsim.engine.session import close_kept
 
     if given := [o for o in request.rest if o.lstrip("+~").startswith("hydra")]:
         raise ConfigError(f"{given[0]} has no effect without -m: hydra.* says how a sweep runs; remove it")
     config, run = requested(request.rest, request.config_dir)
     check(config)  # before torch is imported: a slip shows at once
+    crew_of(config["engine"])
     if runs:
         begin(config["engine"])  # workers import torch while this process does
-    from fedsim.experiment import build
+    try:
+        from fedsim.experiment import build
 
-    return build(config, request.rest), run
+        return build(config, request.rest), run
+    except BaseException:
+        close_kept()
+        raise
 
 
 def _sweep(request: Request) -> None:

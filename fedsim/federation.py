@@ -29,7 +29,7 @@ from fedsim.evaluation import merge, metrics
 from fedsim.memory import Memory
 from fedsim.program import Program
 from fedsim.reduce import Reduced, Sized, lane, nbytes
-from fedsim.strategy import SERVER, ClientHalf
+from fedsim.strategy import SERVER, ClientHalf, Strategy
 from fedsim.vector import Layout
 from fedsim.visits import Record
 
@@ -277,7 +277,7 @@ class Federation:
         least = PIECE_S / self._pace.get(phase, PIECE_S)
         for first, end in cut(planned, self.engine.slots, least, self._most):
             part = cohort[first:end]
-            own = {} if send is not None else strategy.unicast(state, part)
+            own = [] if send is not None else self._own(state, part, visit)
             task = Task(
                 clients=part,
                 visits=(visit,) * len(part),
@@ -335,7 +335,7 @@ class Federation:
         visit = int(row.get("task.count", 0)) + 1
         self.memory.put((client,), [{**row, "task.count": torch.tensor(visit)}])
         task = Task((client,), (f"task.{visit}",), sent, self.round_num, steps=steps)
-        piece = self._piece(task, charges, strategy.unicast(state, (client,)), self.program)
+        piece = self._piece(task, charges, self._own(state, (client,), f"task.{visit}"), self.program)
         planned = self._planned(client, steps, None, self.program)
         bytes_up = 4 * self.program.shared_size
         arrival = self.now + self.system.duration_ns(client, visit, planned, piece.down[0], bytes_up, self.seed)
@@ -473,13 +473,13 @@ class Federation:
         return {"w": state.w, **sent}
 
     def unicast(self, state: Any, clients: Sequence[int]) -> dict[str, Any]:
-        """What `Strategy.unicast` sends to some clients, ``[C, ...]`` each."""
-        return {k: _plain(v) for k, v in self.program.strategy.unicast(state, tuple(clients)).items()}
+        """What `Strategy.unicast` sends to some clients: for every name a list, one item for each."""
+        return _joined(self._own(state, clients, self.round_num))
 
     def cost_down(self, state: Any, client: int) -> int:
         """Bytes that a first visit sends to ``client``."""
         sent, charges = self._payload(self.program.strategy.broadcast(state))
-        own = self.program.strategy.unicast(state, (client,))
+        own = self._own(state, (client,), 0)
         task = Task((client,), (0,), sent, 0)
         return self._piece(task, charges, own, self.program).down[0]
 
@@ -524,6 +524,19 @@ class Federation:
                 charges.append(("buffers", nbytes(self.buffers), None))
         return sent, charges
 
+    def _own(self, state: Any, clients: Sequence[int], visit: int | str) -> list[dict[str, Any]]:
+        """What `Strategy.unicast` sends to each of some clients, ``[1, ...]``; empty if it sends nothing.
+
+        Asked client by client: what one gets, to the bit, must not depend on who is in the same task.
+        """
+        strategy, out = self.program.strategy, []
+        for client in clients if type(strategy).unicast is not Strategy.unicast else ():
+            with random.torch_seeded(self.seed, "unicast", visit, client):
+                out.append(strategy.unicast(state, (client,)))
+        if any(own.keys() != out[0].keys() for own in out):
+            raise RunError(f"round {self.round_num}: unicast() must send the same names to every client")
+        return out
+
     def _digest(self, name: str, value: Any) -> int:
         """63 bits of the content's hash; computed once for the same object."""
         known = self._digests.get(name)
@@ -531,24 +544,24 @@ class Federation:
             known = self._digests[name] = (value, _short_hash(value))
         return known[1]
 
-    def _piece(self, task: Task, charges: list[Charge], own: Mapping[str, Any], program: Program) -> Piece:
+    def _piece(self, task: Task, charges: list[Charge], own: list[dict[str, Any]], program: Program) -> Piece:
         """Adds the clients' memory and their own payloads to a task, and says what sending it costs.
 
         Args:
             task: The task.
             charges: Of the broadcast; what a client gets under the same name of its own is not sent twice.
-            own: What `Strategy.unicast` returned for the task's clients.
+            own: What `Strategy.unicast` returned for each of the task's clients; empty if it sends nothing.
             program: The build of the network that the payloads are for.
         """
         old = self.memory.get(task.clients)
-        unicast = {name: _plain(value) for name, value in own.items()}
+        unicast = _joined(own)
         down, marks = [], []
         for i, (client, row) in enumerate(zip(task.clients, old, strict=True)):
             mine = [
-                _charge(name, value, lane(unicast[name], i), program, lambda _, v: _short_hash(v))
-                for name, value in own.items()
+                _charge(name, value, unicast[name][i], program, lambda _, v: _short_hash(v))
+                for name, value in (own[i] if own else {}).items()
             ]
-            mine += [charge for charge in charges if charge[0] not in own]
+            mine += [charge for charge in charges if charge[0] not in unicast]
             new = {f"sent.{n}": torch.tensor(h) for n, _, h in mine if h is not None and not _has(row, n, h)}
             total = sum(size for name, size, h in mine if h is None or f"sent.{name}" in new)
             down.append(0 if client == SERVER else total)
@@ -561,8 +574,9 @@ class Federation:
         if flight.train:
             sent = self.engine.put(flight.sent)
             task = Task((flight.client,), (f"task.{flight.visit}",), sent, flight.round_num, steps=flight.steps)
-            piece = replace(self._piece(task, [], flight.unicast, self.program), marks=[flight.marks])
-            piece = replace(piece, down=[flight.down], charged=True)
+            piece = self._piece(task, [], [], self.program)
+            task = replace(piece.task, unicast=flight.unicast)
+            piece = replace(piece, task=task, marks=[flight.marks], down=[flight.down], charged=True)
             self._tickets[flight.client] = (piece, self.engine.submit(piece.task))
 
     def _planned(self, client: int, steps: int | None, epochs: int | None, program: Program) -> int:
@@ -676,6 +690,11 @@ def cut(planned: Sequence[int], slots: int, least: float = 1, most: int = PIECE)
         ranges.append((size, first, end))
         first, left = end, left - size
     return [(first, end) for _, first, end in sorted(ranges, key=lambda r: (-r[0], r[1]))]
+
+
+def _joined(own: Sequence[Mapping[str, Any]]) -> dict[str, list[Any]]:
+    """For every name the items of all clients."""
+    return {name: [lane(_plain(mine[name]), 0) for mine in own] for name in (own[0] if own else ())}
 
 
 def _plain(value: Any) -> Any:

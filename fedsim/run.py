@@ -26,13 +26,12 @@ from fedsim.clients.local import Local
 from fedsim.clients.visit import Visit
 from fedsim.data import PartitionedClients
 from fedsim.engine.base import Engine, Score
-from fedsim.engine.worker import lead
+from fedsim.engine.worker import lead, sent_to
 from fedsim.errors import ClientError, ConfigError, FedsimError, RunError, one_line
 from fedsim.evaluation import metrics, spread
 from fedsim.experiment import Experiment, versions
 from fedsim.federation import Federation
 from fedsim.memory import Memory
-from fedsim.network import map_tensors
 from fedsim.plugins import instantiate
 from fedsim.program import overrides
 from fedsim.rundir import RunDir, dumps, read_metrics, read_summary, write_atomic
@@ -89,7 +88,7 @@ class Progress:
     round_num: int = 0
     state: Any = None
     cohort: list[int] = field(default_factory=list)
-    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys(TOTALS, 0))
+    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*TOTALS, "retries"), 0))
     wall_seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
     patience: int = 0
@@ -337,6 +336,7 @@ class Driver:
             self._stop_if_good()
         record["retries"] += self.engine.retries - self._lost  # of workers; since the round before, or since the start
         self._lost = self.engine.retries
+        p.totals["retries"] = p.totals.get("retries", 0) + record["retries"]
         return record | fed.log
 
     def _book(self) -> None:
@@ -490,7 +490,7 @@ class Driver:
             if client == SERVER:
                 continue
             (row,) = self.memory.get((client,))
-            own = map_tensors(lambda t: t.to(program.device), self.fed.unicast(state, (client,)))
+            own = sent_to(self.fed.unicast(state, (client,)), 0, program.device)
             visit = Visit(client, number, "evaluate", number, "personal", memory=row)
             w = Local(program, visit, sent | own)._hooks.single("personal")[0]
             yield client, (w, row.get("buffers.local")) if self._local_buffers else w

@@ -210,7 +210,7 @@ class Strategy(ClientHalf):
         return {"w": state.w}
 
     def unicast(self, state: Any, clients: tuple[int, ...]) -> dict[str, Any]:
-        """What goes down to these clients only, ``[C, ...]`` each."""
+        """What goes down to these clients only, ``[C, ...]`` each; asked for one client at a time."""
         return {}
 
     def step(self, state: Any, reduced: Reduced) -> Any:

@@ -85,8 +85,14 @@ class Room:
             for name in (*folders, *files)
         ]
         files = [name for name in found if name != str(self.tmp / f"fedsim-{os.getuid()}")]
-        more = [str(p / name) for p, names in self.before.items() for name in _names(p) - names]
+        more = self._shared()
+        if more:  # others come and go there; what is left stays
+            time.sleep(1.0)
+            more &= self._shared()
         return [*files, *more, *(f"{pid}: {name}" for pid, name in self.processes().items())]
+
+    def _shared(self) -> set[str]:
+        return {str(p / name) for p, names in self.before.items() for name in _names(p) - names}
 
     def clean(self, seconds: float = 0.0) -> list[str]:
         """What is left after so long."""

@@ -21,6 +21,7 @@ import pytest
 
 from fedsim.engine import address
 from fedsim.engine import session as sessions
+from fedsim.engine.leftovers import start_time
 from tests.cli import QUICK, ROOT, Fedsim, Outcome, process
 
 pytest.importorskip("ray")
@@ -186,7 +187,10 @@ def test_two_commands_at_once_do_not_meet(fedsim: Fedsim, empty: Place) -> None:
 def test_a_cluster_of_somebody_else_is_not_joined(empty: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, user = empty.folder, os.getuid()
     folder.mkdir(parents=True)
-    (folder / "state.json").write_text('{"pid": 1, "started": "1", "address": "127.0.0.1:1"}')
+    state = {"pid": os.getpid(), "started": "1", "address": "127.0.0.1:1"}
+    (folder / "state.json").write_text(json.dumps(state))
+    assert address.own_cluster() is None  # another process has that id now
+    (folder / "state.json").write_text(json.dumps(state | {"started": start_time(os.getpid())}))
     assert address.own_cluster() == ("127.0.0.1:1", folder / "token")
     folder.parent.rename(empty.tmp / f"fedsim-{user + 1}")  # found by its name, yet not that user's
     monkeypatch.setattr(os, "getuid", lambda: user + 1)

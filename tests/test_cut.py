@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedsim.federation import PIECE, cut
+from fedsim.engine.inline import InlineEngine
+from fedsim.experiment import build
+from fedsim.federation import PIECE, Federation, cut
+from fedsim.memory import Memory
+from tests.helpers import configure
 
 
 @given(
@@ -30,3 +37,14 @@ def test_short_work_is_cut_once_per_worker_and_long_work_ever_finer() -> None:
     assert cut([19] * 10, 2, least=1e6) == [(0, 5), (5, 10)]
     assert cut([19] * 10, 2) == [(0, 3), (3, 6), (6, 7), (7, 8), (8, 9), (9, 10)]
     assert cut([19] * 10, 1) == [(0, 10)]
+
+
+def test_a_task_holds_no_more_parameters_than_fit(tmp_path: Path) -> None:
+    program = build(configure(("model=logreg",), {})).program
+    fed = Federation(program, InlineEngine(program), None, None, Memory(tmp_path))  # type: ignore[arg-type]
+    assert fed._most == PIECE
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fedsim.federation.PIECE_BYTES", 3 * 4 * program.layout.d)
+        assert fed._most == 3
+        patch.setattr("fedsim.federation.PIECE_BYTES", 1)
+        assert fed._most == 1

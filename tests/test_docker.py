@@ -155,7 +155,7 @@ def test_a_node_gives_up_in_one_line_when_no_head_answers(tmp_path: Path) -> Non
     (tmp_path / "ray").write_text("#!/bin/sh\nexit 1\n")
     (tmp_path / "ray").chmod(0o755)
     status, _, error = node(tmp_path, "worker", FEDSIM_WAIT_S="4", FEDSIM_HEAD="elsewhere")
-    assert status == 1 and error.count("\n") == 1 and "elsewhere:6379" in error
+    assert status == 2 and error.count("\n") == 1 and "elsewhere:6379" in error
 
 
 # --- the descriptions of clusters -------------------------------------------------------------------------

@@ -519,6 +519,8 @@ def test_work_that_needs_too_much_memory_ends_the_run_with_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free, total = available()
+    if free < 6 * 2**30:
+        pytest.skip(f"needs 6 GiB of free memory, of which it takes 2; there are {free / 2**30:.1f}")
     monkeypatch.setenv("RAY_memory_usage_threshold", f"{1 - (free - 2**31) / total:.4f}")  # with 2 GiB more
     monkeypatch.setenv("RAY_memory_monitor_refresh_ms", "50")
     values = {"strategy": {"_target_": "tests.test_faults.Eats"}, "engine.max_retries": 1, "engine.workers": 2}

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -93,6 +96,15 @@ def has(here: Room, name: str) -> bool:
     return any(name in command for command in here.processes().values())
 
 
+def runs_main(here: Room) -> bool:
+    """Whether a process has come as far as reading its config: it has loaded the library for that."""
+    maps = []
+    for pid in here.processes():
+        with contextlib.suppress(OSError):
+            maps.append(Path(f"/proc/{pid}/maps").read_text())
+    return any("_yaml" in text for text in maps)
+
+
 def lines(here: Room) -> int:
     """Rounds that were recorded."""
     return sum(
@@ -102,7 +114,7 @@ def lines(here: Room) -> int:
 
 #: What to wait for, then for how many seconds at most, and how long the end may take.
 MOMENTS: dict[str, tuple[Callable[[Room], object], float, float]] = {
-    "imports": (lambda here: True, 1.0, ENDS_S),
+    "imports": (runs_main, 1.0, ENDS_S),
     "Ray starts": (lambda here: has(here, "gcs_server"), 1.5, STARTS_S),
     "workers start": (lambda here: has(here, "ray::"), 1.5, STARTS_S),
     "a round": (lambda here: lines(here) >= 1, 1.0, ENDS_S),
@@ -264,17 +276,28 @@ def test_the_guard_waits_until_its_process_is_gone(here: Room) -> None:
     assert not folder.exists()
 
 
-def test_only_who_has_a_file_of_the_cluster_open_is_ended(here: Room) -> None:
+def test_only_processes_of_ray_with_a_file_of_the_cluster_open_are_ended(here: Room) -> None:
     folder = here.tmp / "1-1"
     folder.mkdir()
-    code = "import sys, time; f = open(sys.argv[1], 'w'); print(1, flush=True); time.sleep(60)"
-    inside, outside = here.start(str(folder / "log"), code=code), here.start(str(here.path / "log"), code=code)
-    for process in (inside, outside):
+    (here.path / "ray").mkdir()
+    for script in ("ray/agent.py", "viewer.py"):
+        (here.path / script).write_text(
+            "import sys, time; f = open(sys.argv[1], 'a'); print(1, flush=True); time.sleep(60)"
+        )
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(here.path / script), str(where / "log")], stdout=subprocess.PIPE, text=True
+        )
+        for script, where in (("ray/agent.py", folder), ("ray/agent.py", here.path), ("viewer.py", folder))
+    ]
+    for process in started:
         assert process.stdout is not None and process.stdout.readline() == "1\n"
     leftovers.remove(folder, grace_s=0)
-    assert inside.wait(5) == -signal.SIGKILL and outside.poll() is None and not folder.exists()
-    outside.kill()
-    for process in (inside, outside):
+    inside, outside, viewer = started
+    assert inside.wait(5) == -signal.SIGKILL and not folder.exists()
+    assert outside.poll() is None and viewer.poll() is None
+    for process in started:
+        process.kill()
         process.communicate()
 
 
@@ -301,3 +324,31 @@ def test_in_a_file_that_may_be_left_they_do_not_wait(tmp_path: Path) -> None:
             order.append("dropped")
         order.append("end")
     assert order == ["dropped", "end"]
+
+
+def test_a_folder_is_swept_when_its_owner_is_dead_and_only_then(tmp_path: Path) -> None:
+    alive, dead = tmp_path / "999999999-1", tmp_path / "999999998-1"  # as in another container: no such process here
+    for folder in (alive, dead):
+        folder.mkdir()
+    lock = os.open(alive, os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    leftovers.sweep(tmp_path)
+    assert alive.exists() and not dead.exists()
+    os.close(lock)
+    leftovers.sweep(tmp_path)
+    assert not alive.exists()
+
+
+AFTER = """
+import fedsim, ray
+fedsim.simulate({run!r})
+ray.init(num_cpus=1, include_dashboard=False)
+print(ray.get(ray.put(7)))
+"""
+
+
+@pytest.mark.slow
+def test_ray_can_be_used_by_others_after_a_run(here: Room) -> None:
+    process = here.start(code=AFTER.format(run=[*QUICK, *RAY]))
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0 and out.strip().endswith("7"), err

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from fedsim.engine.ray import RayEngine, Stored
 from fedsim.errors import ClientError, ConfigError, RunError
 from fedsim.reduce import Entry, Rows, mean, stack
 from fedsim.strategies.fedavg import FedAvg
+from fedsim.strategy import Grad
 from fedsim.vector import Layout
 from fedsim.visits import read
 from tests.helpers import Run, configure, drive
@@ -76,8 +78,32 @@ def test_every_strategy_has_these_bits_with_any_number_of_workers(name: str, wor
     same(run("ray", tmp_path, f"strategy={name}", workers=workers), run("inline", tmp_path, f"strategy={name}"))
 
 
+@dataclass(frozen=True)
+class Draws(FedAvg):
+    """Each client gets something of its own: random numbers, or a product of matrices.
+
+    Attributes:
+        how: ``random`` or ``product``; bits of both could depend on who else is asked for.
+    """
+
+    how: str = "random"
+
+    def unicast(self, state: Any, clients: tuple[int, ...]) -> dict[str, Any]:
+        if self.how == "random":
+            return {"own": torch.randn(len(clients), 16)}
+        g = torch.Generator().manual_seed(0)
+        a, b = torch.randn(100, 50, generator=g), torch.randn(50, 300, generator=g)
+        return {"own": (a[list(clients)] @ b)[:, :16]}
+
+    def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
+        return grad(w) + local.sent.own.mean(-1, keepdim=True)
+
+
 KINDS: dict[str, dict[str, Any]] = {
     **METHODS,
+    "own random numbers": {"strategy": {"_target_": "tests.test_ray.Draws"}},
+    "own products": {"strategy": {"_target_": "tests.test_ray.Draws", "how": "product"}},
+    "two threads": {"engine.threads": 2},
     "stacked rows": {"strategy": {"_target_": "tests.helpers.Stacked"}},
     "a median of columns": {"strategy": {"_target_": "tests.helpers.Stacked", "rule": "median"}},
     "heads and trees of outputs": {"strategy": {"_target_": "tests.helpers.Heads"}},
@@ -158,9 +184,14 @@ def dies(folder: Path, **options: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("times", [1, 3])
-def test_a_worker_that_is_lost_costs_time_and_not_bits(times: int, tmp_path: Path) -> None:
+def test_a_worker_that_is_lost_costs_time_and_not_bits(
+    times: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     expected = run("inline", tmp_path / "a", values=dies(tmp_path, times=0))
     got = run("ray", tmp_path / "b", values=dies(tmp_path, times=times))
+    time.sleep(1.5)  # Ray would print a page about it
+    assert "raylet" not in "".join(capfd.readouterr())
+    assert got.result.summary["totals"]["retries"] == times
     assert got.params_sha256 == expected.params_sha256
     assert [r["retries"] for r in got.records] == [0, times, 0]
     assert [{**r, "retries": 0} for r in got.records] == expected.records
@@ -251,8 +282,9 @@ def test_a_client_that_raises_ends_the_run_with_its_own_error(engine: str, tmp_p
         run(engine, tmp_path, values=fails(always="4"))
     assert caught.value.visit == {"round": 2, "client": 4, "phase": "train", "visit": "2"}
     assert "alone: fedsim replay" in caught.value.__notes__[0]
-    (log,) = tmp_path.glob("*/*/failure.json")
-    assert "never does it" in log.read_text()
+    (note,) = tmp_path.glob("*/*/failure.json")
+    assert "never does it" in note.read_text()
+    assert "in finish\n" in "".join(traceback.format_exception(caught.value))  # the client's own
 
 
 @ENGINES
@@ -289,6 +321,29 @@ def test_a_visit_that_is_made_again_has_the_bits_of_one_that_never_failed(engine
     assert [r["retries"] for r in got.records] == [0, 3, 0]  # clients 0, 3 and 6
     with pytest.raises(ClientError, match="never does it"):
         run(engine, tmp_path / "c", values=fails(always="2") | {"engine.on_failure": "retry"})
+
+
+@dataclass(frozen=True)
+class Odd(FedAvg):
+    """One client sends a larger tensor than the others.
+
+    Attributes:
+        entry: How it is reduced.
+    """
+
+    entry: str = "mean"
+
+    def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
+        odd = torch.ones(1, 2 + (local.clients == (5,)))
+        return {"delta": mean(local.delta(w), self.weight(w)), "odd": mean(odd) if self.entry == "mean" else stack(odd)}
+
+
+@ENGINES
+@pytest.mark.parametrize("entry", ["mean", "stack"])
+def test_entries_of_unequal_shapes_end_the_run_whoever_may_be_skipped(engine: str, entry: str, tmp_path: Path) -> None:
+    values = {"strategy": {"_target_": "tests.test_ray.Odd", "entry": entry}, **EVERYBODY, "engine.on_failure": "skip"}
+    with pytest.raises(ClientError, match=r"entry 'odd': clients sent shapes .*; they must be equal"):
+        run(engine, tmp_path, values=values)
 
 
 class Without:
@@ -329,6 +384,12 @@ def test_rows_in_shared_memory_are_read_in_parts_and_copied() -> None:
         rows[7]
 
 
+def test_a_worker_that_computes_other_bits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedsim.engine.ray.probe", lambda device: "another")
+    with pytest.raises(ConfigError, match="a worker computes other bits than the driver"):
+        run("ray", tmp_path)
+
+
 # --- mistakes ---------------------------------------------------------------------------------------------
 
 
@@ -338,6 +399,13 @@ def test_rows_in_shared_memory_are_read_in_parts_and_copied() -> None:
         ({"engine.workers": 0}, "engine.workers must be a whole number > 0, or null, got 0"),
         ({"engine.workers": 1.5}, "engine.workers must be a whole number"),
         ({"engine.cpus_per_worker": 0}, "engine.cpus_per_worker must be > 0"),
+        ({"engine.cpus_per_worker": 0.00001}, "engine.cpus_per_worker must be > 0, at least 0.0001"),
+        ({"engine.cpus_per_worker": True}, "engine.cpus_per_worker must be > 0"),
+        ({"engine.timeout_s": "abc"}, "engine.timeout_s must be > 0"),
+        ({"engine.address": 6379}, "engine.address must be local, auto or host:port, got 6379"),
+        ({"engine.address": None}, "engine.address must be local, auto or host:port, got None"),
+        ({"engine.dashboard": "maybe"}, "engine.dashboard must be true or false"),
+        ({"engine.dashboard": True, "engine.address": "auto"}, "engine.dashboard must be false when"),
         ({"engine.gpus_per_worker": -1}, "engine.gpus_per_worker must be >= 0"),
         ({"engine.gpus_per_worker": 1.0}, r"need 2 GPUs, but there are 0"),
         ({"engine.timeout_s": 0}, "engine.timeout_s must be > 0"),

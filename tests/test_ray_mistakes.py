@@ -246,3 +246,13 @@ def test_other_versions_at_the_other_end_are_named(cluster: Room, key: str, valu
         pretend(before)
     assert done.status == 2 and value in done.line and "versions of Ray and Python must be equal" in done.line
     wait_for(lambda: cluster.run("cluster", "status").status == 0, 30)
+
+
+@pytest.mark.parametrize("flag", ["--dry-run", "--cfg"])
+def test_ray_is_not_started_for_a_look(flag: str, fedsim: Fedsim, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.setattr("fedsim.engine.session.Session.__init__", refuse)
+    assert fedsim(*QUICK, "engine=ray", flag).status == 0
+    assert "engine.workers must be" in fedsim(*QUICK, "engine=ray", "engine.workers=zero", flag).line

@@ -278,3 +278,13 @@ def test_lane_is_what_one_client_gets() -> None:
 def test_concat_takes_any_sequence() -> None:
     assert concat(x for x in (torch.zeros(1), torch.zeros(2))).kind == "concat"  # type: ignore[arg-type]
     assert len(concat((torch.zeros(1), torch.zeros(2))).value) == 2
+
+
+@pytest.mark.parametrize("kind", ["total", "mean"])
+def test_what_a_client_sent_is_not_written_to(kind: str) -> None:
+    mine = [torch.full((1, 3), float(i + 1), dtype=torch.float64) for i in range(5)]
+    tree = TreeSum(5)
+    for i, value in enumerate(mine):
+        tree.add((0, i), leaf(Entry(kind, value), torch.ones(1, 1, dtype=torch.float64)))
+    assert torch.equal(tree.result()[0], torch.full((3,), 15.0, dtype=torch.float64))
+    assert [v.tolist() for v in mine] == [[[i + 1.0] * 3] for i in range(5)]

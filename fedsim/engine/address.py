@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from fedsim.engine.leftovers import user_root
+from fedsim.engine.leftovers import start_time, user_root
 from fedsim.errors import ConfigError, one_line
 
 #: How HTTP/2 begins, and with it gRPC: a fixed text and settings, here none. Both sides send settings first.
@@ -19,12 +19,14 @@ CONNECT_S = 2.0  # a cluster that does not answer for so long is not there; Ray 
 
 
 def own_cluster() -> tuple[str, Path] | None:
-    """Address and file with the token of the cluster that `fedsim cluster up` started, if there is one."""
+    """Address and file with the token of the cluster that `fedsim cluster up` started, if there is one alive."""
     folder = user_root() / "cluster"
     try:
         if folder.stat().st_uid != os.getuid():
             return None
-        return str(json.loads((folder / "state.json").read_text())["address"]), folder / "token"
+        state = json.loads((folder / "state.json").read_text())
+        alive = bool(state["started"]) and start_time(state["pid"]) == state["started"]
+        return (str(state["address"]), folder / "token") if alive else None
     except FileNotFoundError:
         return None
 

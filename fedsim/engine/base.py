@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from torch import Tensor, nn
 
+from fedsim.errors import ClientError
 from fedsim.reduce import Node
 from fedsim.strategy import ClientHalf
 
@@ -25,7 +26,7 @@ class Task:
         sent: Handle of the broadcast payload (`Engine.put`).
         round_num: Number of the round.
         memory: Each client's memory rows.
-        unicast: Payload for these clients only, ``[C, ...]`` each.
+        unicast: Payload for these clients only: for every name a list, one item for each.
         half: The half of a phase; None: the strategy's own.
         phase: ``train`` or the name of a phase.
         first_leaf: Place of the first client in the reduction tree.
@@ -90,6 +91,7 @@ class Outcome:
         done: Each client's visit, in the order of the task.
         retries: Visits that were made again because they had failed.
         seconds: How long the work took.
+        shapes: Shapes of every entry but those of ``concat``.
     """
 
     kinds: dict[str, str] = field(default_factory=dict)
@@ -98,6 +100,26 @@ class Outcome:
     done: list[Done] = field(default_factory=list)
     retries: int = 0
     seconds: float = 0.0
+    shapes: dict[str, list[tuple[int, ...]]] = field(default_factory=dict)
+
+    def match(self, kinds: dict[str, str], shapes: dict[str, list[tuple[int, ...]]]) -> None:
+        """Takes the entries of another client, or piece, to be like those so far; the first ones say how they are.
+
+        Raises:
+            ClientError: They are not.
+        """
+        if self.kinds and kinds and self.kinds != kinds:
+            raise ClientError(
+                f"some clients sent the entries {self.kinds}, others {kinds}; finish() must return the same names and "
+                "reductions for every client"
+            )
+        for name, found in shapes.items():
+            if self.shapes.get(name, found) != found:
+                raise ClientError(
+                    f"entry '{name}': clients sent shapes {self.shapes[name]} and {found} (value and weight) under one "
+                    "name; they must be equal"
+                )
+        self.kinds, self.shapes = self.kinds or kinds, self.shapes or shapes
 
 
 @dataclass(frozen=True)

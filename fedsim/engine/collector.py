@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fedsim.engine.base import Outcome
-from fedsim.errors import ClientError, RunError
+from fedsim.errors import RunError
 from fedsim.program import Program
 from fedsim.reduce import ABSENT, Rows, TreeSum, finish
 
@@ -23,7 +23,7 @@ class Collector:
 
     def __init__(self, program: Program, num_leaves: int) -> None:
         self._layout, self._size = program.layout, num_leaves
-        self._kinds: dict[str, str] = {}
+        self._like = Outcome()
         self._trees: dict[str, TreeSum] = {}
         self._rows: dict[str, dict[int, Any]] = {}
         self._num_examples: dict[int, list[int]] = {}
@@ -39,19 +39,11 @@ class Collector:
         Raises:
             ClientError: Its clients sent other entries than those before.
         """
-        self._kinds = self._kinds or outcome.kinds
-        if outcome.kinds and outcome.kinds != self._kinds:
-            raise ClientError(
-                f"some clients sent the entries {self._kinds}, others {outcome.kinds}; finish() must return the same "
-                "names and reductions for every client"
-            )
+        self._like.match(outcome.kinds, outcome.shapes)
         for name, nodes in outcome.nodes.items():
             sums = self._trees.setdefault(name, TreeSum(self._size))
             for node, value in nodes.items():
-                try:
-                    sums.add(node, value)
-                except ValueError as exc:
-                    raise ClientError(f"entry '{name}': {exc}") from exc
+                sums.add(node, value)
         for name, rows in outcome.rows.items():
             self._rows.setdefault(name, {})[first] = rows
         self._num_examples[first] = [d.num_examples for d in outcome.done if d.error is None]
@@ -64,7 +56,7 @@ class Collector:
             for place in self._absent:
                 sums.add((0, place), ABSENT)
         out: dict[str, Any] = {}
-        for name, kind in self._kinds.items():
+        for name, kind in self._like.kinds.items():
             if kind == "concat":
                 out[name] = _in_order(self._rows[name])
             elif kind == "stack":

@@ -5,6 +5,7 @@ That is what this file is for: workers import torch, the longest part of their s
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 from collections.abc import Mapping
@@ -14,6 +15,7 @@ from typing import Any
 from fedsim.engine import session as sessions
 from fedsim.errors import ConfigError, require
 
+GRAIN = 0.0001  # of a CPU or GPU: the smallest share that Ray knows
 TARGET = "fedsim.engine.ray.RayEngine"
 
 
@@ -27,6 +29,7 @@ class Crew:
         gpus_per_worker: GPUs likewise, may be a fraction, >= 0.
         address: ``local``, ``auto`` or ``host:port``.
         dashboard: Whether a private cluster has Ray's dashboard.
+        timeout_s: A worker that is silent for so long on one task is taken for lost; None: never.
 
     Raises:
         ConfigError: An impossible number.
@@ -37,17 +40,30 @@ class Crew:
     gpus_per_worker: float = 0.0
     address: str = "local"
     dashboard: bool = False
+    timeout_s: float | None = None
 
     def __post_init__(self) -> None:
         w, cpus, gpus = self.workers, self.cpus_per_worker, self.gpus_per_worker
         require(w is None or (type(w) is int and w > 0), "engine.workers", "a whole number > 0, or null", w)
-        require(type(cpus) in (int, float) and cpus > 0, "engine.cpus_per_worker", "> 0", cpus)
+        require(type(cpus) in (int, float) and cpus >= GRAIN, "engine.cpus_per_worker", f"> 0, at least {GRAIN}", cpus)
         require(type(gpus) in (int, float) and gpus >= 0, "engine.gpus_per_worker", ">= 0", gpus)
+        timeout = self.timeout_s
+        require(
+            timeout is None or (type(timeout) in (int, float) and timeout > 0),
+            "engine.timeout_s",
+            "> 0, or null",
+            timeout,
+        )
+        require(type(self.address) is str, "engine.address", "local, auto or host:port", self.address)
+        require(type(self.dashboard) is bool, "engine.dashboard", "true or false", self.dashboard)
+        require(
+            not self.dashboard or self.address == "local", "engine.dashboard", "false when a cluster is joined", True
+        )
 
     @property
     def options(self) -> dict[str, float]:
         """What Ray reserves for each worker."""
-        return {"num_cpus": self.cpus_per_worker, "num_gpus": self.gpus_per_worker}
+        return {"num_cpus": _grains(self.cpus_per_worker), "num_gpus": _grains(self.gpus_per_worker)}
 
     def lease(self, gpus: int) -> sessions.Session:
         """A connection to the cluster.
@@ -59,18 +75,18 @@ class Crew:
             ConfigError: There is no such cluster, or it has too little.
         """
         need = (self._here(gpus) if self.address == "local" else 1) * self.cpus_per_worker
-        return sessions.lease(self.address, need, gpus if self.gpus_per_worker else 0, self.dashboard)
+        return sessions.lease(self.address, math.ceil(need - 1e-9), gpus if self.gpus_per_worker else 0, self.dashboard)
 
     def _here(self, gpus: int) -> int:
         """Workers of a private cluster."""
         wanted = (self.workers or 1) * self.gpus_per_worker
         if wanted > gpus:
             raise too_few("GPU", wanted, gpus)
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if self.cpus_per_worker > cores:
-            raise too_few("CPU", self.cpus_per_worker, cores)
-        by_gpu = int(gpus / self.gpus_per_worker) if self.gpus_per_worker else cores
-        return self.workers or max(1, min(by_gpu, int(cores / self.cpus_per_worker)))
+        here = cores()
+        if self.cpus_per_worker > here:
+            raise too_few("CPU", self.cpus_per_worker, here)
+        by_gpu = int(gpus / self.gpus_per_worker) if self.gpus_per_worker else here
+        return self.workers or max(1, min(by_gpu, int(here / self.cpus_per_worker)))
 
     def size(self, session: sessions.Session) -> int:
         """Workers, given what the cluster has.
@@ -88,6 +104,27 @@ class Crew:
         return self.workers or min(fits)
 
 
+def cores() -> int:
+    """Cores of this machine that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _grains(share: float) -> float:
+    """Ray counts in ten-thousandths, and rounds: up, and the last of three thirds would find no place."""
+    return math.floor(share / GRAIN + 1e-6) * GRAIN if share % 1 else share
+
+
+def crew_of(options: Mapping[str, Any]) -> Crew | None:
+    """What the ``engine`` group of a checked config asks for; None for another engine.
+
+    Raises:
+        ConfigError: An impossible value.
+    """
+    if options["_target_"] != TARGET:
+        return None
+    return Crew(**{f.name: options[f.name] for f in fields(Crew) if f.name in options})
+
+
 def begin(options: Mapping[str, Any]) -> None:
     """Starts the cluster and the workers of a run; the engine finds them there.
 
@@ -99,9 +136,9 @@ def begin(options: Mapping[str, Any]) -> None:
     Raises:
         ConfigError: As the engine would.
     """
-    if options["_target_"] != TARGET or options.get("gpus_per_worker"):
+    crew = crew_of(options)
+    if crew is None or crew.gpus_per_worker or options["device"] not in ("cpu", "auto"):
         return
-    crew = Crew(**{f.name: options[f.name] for f in fields(Crew) if f.name in options})
     session = crew.lease(gpus=0)
     ready = sum(kind == crew.options for kind, _ in session.idle)
     for _ in range(crew.size(session) - ready):

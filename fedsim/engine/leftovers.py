@@ -1,11 +1,13 @@
 """Processes and files of private clusters: whose they are, and how they are ended and removed.
 
-A cluster's folder is named after its owner, and every process of the cluster has a file of it open.
+A cluster's folder is named after its owner, who holds a lock on it, and every process of the cluster has a file of it
+open.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import shutil
 import signal
@@ -17,6 +19,7 @@ from pathlib import Path
 from fedsim.errors import ConfigError, one_line
 
 LONGEST = 40  # characters of the folder: paths of sockets end at 107 bytes
+_locks: dict[Path, int] = {}  # of this process's folders
 
 
 def user_root() -> Path:
@@ -49,34 +52,66 @@ def private_folder() -> Path:
     root = private_root()
     sweep(root)
     folder = root / f"{os.getpid()}-{start_time(os.getpid())}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder not in _locks:
+        new = root / f"new{folder.name.replace('-', '_')}"  # `sweep` sees it when it is locked
+        shutil.rmtree(new, ignore_errors=True)
+        new.mkdir(mode=0o700)
+        _locks[folder] = os.open(new, os.O_RDONLY)
+        with contextlib.suppress(OSError):  # a file system without locks: then nobody sweeps it either
+            fcntl.flock(_locks[folder], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        new.rename(folder)
     return folder
 
 
 def sweep(root: Path) -> None:
-    """Ends and removes what clusters of dead processes left below ``root``."""
+    """Ends and removes what clusters of dead processes left below ``root``.
+
+    The owner holds a lock on its folder as long as it lives: other than its process id, containers and machines that
+    share the temporary folder see that, too.
+    """
     for folder in root.glob("*-*"):
-        pid, _, started = folder.name.partition("-")
-        if pid.isdecimal() and start_time(int(pid)) != started:
+        try:
+            lock = os.open(folder, os.O_RDONLY)
+        except OSError:  # removed meanwhile
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        else:
             remove(folder, grace_s=0)
+        finally:
+            os.close(lock)
 
 
 def remove(folder: Path, grace_s: float = 2.0) -> None:
-    """Ends every process that has a file open in a cluster's folder, and removes it.
+    """Ends every process of a cluster, and removes its folder.
 
     Args:
-        folder: The folder; it need not exist.
+        folder: The cluster's folder; it need not exist.
         grace_s: For so long they are only asked to end.
     """
     if not folder.exists():
         return
     begin = time.monotonic()
-    while (users := users_of(folder)) and time.monotonic() < begin + grace_s + 2:
+    while (users := [p for p in users_of(folder) if _is_ray(p, folder)]) and time.monotonic() < begin + grace_s + 2:
         for pid in users:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGTERM if time.monotonic() < begin + grace_s else signal.SIGKILL)
         time.sleep(0.02)
     shutil.rmtree(folder, ignore_errors=True)
+    if (lock := _locks.pop(folder, None)) is not None:
+        os.close(lock)
+
+
+def _is_ray(pid: int, folder: Path) -> bool:
+    """Whether a process is one of Ray's, for this folder, and not a child or a log viewer of the user's."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return False
+    own = any("/ray/" in word for word in words[:4]) and any(str(folder) in word for word in words)
+    return own or words[0].startswith("ray::")
 
 
 def start_guard(folder: Path) -> tuple[int, int]:
@@ -118,7 +153,7 @@ def end_guard(pid: int, held: int) -> None:
 
 
 def users_of(folder: Path) -> list[int]:
-    """Processes of ours, but this one, with an open file, or the working directory, in a folder."""
+    """Processes of ours, but this one, with an open file in a folder."""
     prefix, found = f"{folder}/", []
     for process in Path("/proc").glob("[0-9]*"):
         if int(process.name) == os.getpid():

@@ -7,6 +7,7 @@ that dies is replaced, and its work is done again from the same seeds: results d
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 from collections import deque
@@ -20,7 +21,7 @@ from torch import Tensor
 from fedsim.config import Config
 from fedsim.engine import session as sessions
 from fedsim.engine.base import EvalTask, Outcome, Task
-from fedsim.engine.host import Crew, start
+from fedsim.engine.host import Crew, cores, start
 from fedsim.engine.probe import probe
 from fedsim.engine.wire import Message, pack, unpack
 from fedsim.errors import ConfigError, FedsimError, RunError, one_line, require
@@ -32,6 +33,7 @@ log = logging.getLogger("fedsim")
 AHEAD = 2  # tasks that a worker has at a time: the next one travels while it works
 START_S = 120.0  # a worker that takes longer to start never will
 PATIENCE_S = 8.0  # after which it is said that none has started
+FAILED_STARTS = 20  # in a row, and it is not chance
 
 
 class Process:
@@ -61,7 +63,7 @@ class Process:
         if not isinstance(outcome, Outcome):
             return pack(outcome), None
         rows = {
-            name: torch.stack(outcome.rows.pop(name)).numpy()
+            name: torch.stack(outcome.rows.pop(name)).cpu().numpy()
             for name, kind in outcome.kinds.items()
             if kind == "stack" and outcome.rows.get(name) and outcome.rows[name][0].dtype != torch.bfloat16
         }
@@ -143,22 +145,26 @@ class RayEngine:
         timeout_s: float | None = None,
         dashboard: bool = False,
     ) -> None:
-        crew = Crew(workers, cpus_per_worker, gpus_per_worker, address, dashboard)
+        crew = Crew(workers, cpus_per_worker, gpus_per_worker, address, dashboard, timeout_s)
         require(max_retries >= 0, "engine.max_retries", ">= 0", max_retries)
-        require(timeout_s is None or timeout_s > 0, "engine.timeout_s", "> 0, or null", timeout_s)
         self.retries = 0
+        self._failed_starts = 0  # since a worker last started
         self._max_retries, self._timeout_s = max_retries, timeout_s
         self._program, self._config = program, run_config
         self._options = crew.options
+        self._session = crew.lease(torch.cuda.device_count() if gpus_per_worker else 0)
         self._before = torch.get_num_threads()
         torch.set_num_threads(threads)  # the server's step too
-        self._session = crew.lease(torch.cuda.device_count() if gpus_per_worker else 0)
         self._jobs: dict[int, _Job] = {}
         self._pending: deque[int] = deque()
         self._hosts: list[_Host] = []
         self._submitted = 0
         try:
             self.slots = crew.size(self._session)
+            if address == "local" and self.slots * threads > cores():
+                log.warning(
+                    "%d workers with %d threads each share the %d cores of this machine", self.slots, threads, cores()
+                )
             self._start()
         except BaseException:
             self.close()
@@ -261,13 +267,13 @@ class RayEngine:
             if current:  # those behind it had not begun
                 job.lost += 1
                 self.retries += 1
-                log.warning("a worker was lost with %s (%s); its work is done again", _what(job.task), one_line(why))
+                log.warning("a worker was lost with %s (%s); its work is done again", _what(job.task), _reason(why))
                 if job.lost > self._max_retries:
                     self._pending.remove(ticket)
                     job.done = True
                     job.error = RunError(
-                        f"{_what(job.task)}: the worker was lost {job.lost} times ({_reason(why)}); {_remedy(why)}, or "
-                        "look at it alone with engine=inline"
+                        f"{_what(job.task)}: the worker was lost {job.lost} times ({_reason(why)}); look at it alone "
+                        f"with engine=inline, or {_remedy(why)}"
                     )
             current = False
 
@@ -342,6 +348,7 @@ class RayEngine:
                 ) from exc
             if job is None:
                 raise error from exc
+            error.__cause__ = exc  # with the client's own traceback
             job.error = error
         except RayError as exc:
             if job is None:
@@ -362,13 +369,15 @@ class RayEngine:
                 "or settings of its libraries; use nodes of one kind"
             )
         host.starting = None
+        self._failed_starts = 0
 
     def _restart(self, host: _Host, why: BaseException) -> None:
         """Another worker for one that died while it started."""
         self.retries += 1
-        if self.retries > 20 + self._max_retries * self.slots:
+        self._failed_starts += 1
+        if self._failed_starts > FAILED_STARTS:
             raise RunError(f"workers die while they start ({_reason(why)})") from why
-        log.warning("a worker was lost while it started (%s)", one_line(why))
+        log.warning("a worker was lost while it started (%s)", _reason(why))
         self._hosts.remove(host)
         self._add_host()
 
@@ -396,7 +405,7 @@ class Stored:
 
     def __getitem__(self, index: Any) -> Tensor:
         """A copy of a part, in torch's own memory."""
-        part = self._array[index]
+        part = self._array[index.cpu() if isinstance(index, Tensor) else index]
         out = torch.empty(part.shape, dtype=getattr(torch, str(part.dtype)))
         out.numpy()[...] = part
         return out.to(self._device)
@@ -409,6 +418,13 @@ def _what(task: Task | EvalTask) -> str:
 
 
 def _reason(why: BaseException) -> str:
+    """Why a worker was lost; of Ray's page about it what a user can use."""
+    from ray.exceptions import ActorDiedError
+
+    text = " ".join(str(why).split()) if isinstance(why, ActorDiedError) else ""
+    pid, detail = re.search(r"\bpid: (\d+)", text), re.search(r"Worker exit detail: (.*?)(?: There are some|$)", text)
+    if pid is not None:
+        return f"process {pid[1]} died{': ' + detail[1][:200].rstrip('. ') if detail is not None else ''}"
     return one_line(why)[:200]
 
 
@@ -418,4 +434,6 @@ def _remedy(why: BaseException) -> str:
 
     if isinstance(why, OutOfMemoryError):
         return "lower engine.workers or client.batch_size, use a machine with more memory"
+    if isinstance(why, TimeoutError):
+        return "raise engine.timeout_s: a task may hold many clients"
     return "raise engine.max_retries, give it more memory"

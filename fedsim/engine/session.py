@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import logging
 import os
+import re
 import secrets
 import select
 import signal
@@ -49,12 +50,15 @@ class Session:
 
     def __init__(self, address: str, num_cpus: float, num_gpus: float, dashboard: bool = False) -> None:
         self.local, self._folder, self._guard, self._watch = address == "local", Path(), (0, -1), -1
+        self._ours = False  # the connection to Ray; it may be the user's
         self.spec = (address, num_cpus, num_gpus, dashboard)
         self.idle: list[tuple[Any, Any]] = []  # options and handle of workers that the next run may have
         self._changed: dict[str, str | None] = {}  # what was in the environment
-        _check_ray()
         try:
-            self._set(RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS_SKIP_REGEX=".")
+            self._set(RAY_USAGE_STATS_ENABLED="0", RAY_DEDUP_LOGS_SKIP_REGEX=".")  # before Ray is imported
+            _check_ray(dashboard)
+            self._ours = True
+            self._silence(True)
             self._set(RAY_IGNORE_UNHANDLED_ERRORS="1")  # of clients after the first: it would print their tracebacks
             options: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
             if self.local:
@@ -64,6 +68,7 @@ class Session:
                 token.touch(mode=0o600)
                 token.write_text(secrets.token_hex(32))
                 self._use_token(token)
+                self._set(**{f"RAY_{key}": None for key in HEALTH})  # there is no node but this, and it may stall
                 options |= {
                     "address": "local",
                     "num_cpus": num_cpus,
@@ -93,6 +98,14 @@ class Session:
             self._changed.setdefault(key, os.environ.get(key))
             _put(key, value)
 
+    def _silence(self, on: bool) -> None:
+        """Whether what Ray prints about lost workers and nodes is left out; we say it ourselves."""
+        from ray._private import ray_logging
+
+        printer: Any = getattr(ray_logging, "stdout_deduplicator", None)
+        if printer is not None:
+            printer.skip_re = re.compile(".") if on else None
+
     def _use_token(self, file: Path) -> None:
         self._set(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(file), RAY_AUTH_TOKEN=None, **LOOPBACK)
 
@@ -108,10 +121,11 @@ class Session:
                 with _plain_start(self.local, options.get("include_dashboard", False)):
                     ray.init(**options)
             except (ConnectionError, RuntimeError, ValueError) as exc:
-                where = "start Ray here" if self.local else f"join the Ray cluster at {options['address']}"
+                if self.local:
+                    raise ConfigError(f"cannot start Ray here: {one_line(exc)}") from exc
                 raise ConfigError(
-                    f"cannot {where}: {one_line(exc)}; versions of Ray and Python must be equal on all nodes, and the "
-                    "token too (RAY_AUTH_TOKEN_PATH)"
+                    f"cannot join the Ray cluster at {options['address']}: {one_line(exc)}; versions of Ray and Python "
+                    "must be equal on all nodes, and the token too (RAY_AUTH_TOKEN_PATH)"
                 ) from exc
 
     def resources(self) -> dict[str, float]:
@@ -134,8 +148,9 @@ class Session:
             if self._watch >= 0:
                 os.close(self._watch)
                 self._watch = -1
-            _shut_down(self.local)
-            let_go(user_root())
+            if self._ours:
+                _shut_down(self.local)
+                let_go(user_root())
             if self.local and self._folder != Path():
                 remove(self._folder, grace_s=0)
                 end_guard(*self._guard)
@@ -143,6 +158,11 @@ class Session:
             for key, value in self._changed.items():
                 _put(key, value)
             self._changed = {}
+            if self._ours:  # for whoever uses Ray after us
+                self._silence(False)
+                forget_token()
+                _follow_loopback()
+                self._ours = False
 
 
 def _put(key: str, value: str | None) -> None:
@@ -169,7 +189,7 @@ def kept() -> Iterator[None]:
     finally:
         _keep = before
         if not _keep:
-            _close_kept()
+            close_kept()
 
 
 def lease(address: str, num_cpus: float, num_gpus: float, dashboard: bool) -> Session:
@@ -177,7 +197,7 @@ def lease(address: str, num_cpus: float, num_gpus: float, dashboard: bool) -> Se
     for session in _kept:
         if session.spec == (address, num_cpus, num_gpus, dashboard):
             return session
-    _close_kept()
+    close_kept()
     session = Session(address, num_cpus, num_gpus, dashboard)
     _kept.append(session)
     return session
@@ -196,7 +216,8 @@ def release(session: Session) -> None:
 
 
 @atexit.register
-def _close_kept() -> None:
+def close_kept() -> None:
+    """Closes what is kept for further runs."""
     while _kept:
         _kept.pop().close()
 
@@ -204,8 +225,8 @@ def _close_kept() -> None:
 # --- what Ray does by itself -------------------------------------------------------------------------------
 
 
-def _check_ray() -> None:
-    """Refuses to go on without Ray, or with one that is in use.
+def _check_ray(dashboard: bool) -> None:
+    """Refuses to go on without Ray, or with one that is in use, or cannot have the dashboard that is asked for.
 
     Raises:
         ConfigError: It is.
@@ -218,6 +239,9 @@ def _check_ray() -> None:
         ) from exc
     if ray.is_initialized():
         raise ConfigError("Ray is in use in this process already; call ray.shutdown() first, or set engine=inline")
+    installed = getattr(ray._private.utils, "check_dashboard_dependencies_installed", lambda: True)
+    if dashboard and not installed():
+        raise ConfigError("engine.dashboard=true needs packages that are not there: pip install 'ray[default]'")
 
 
 @contextlib.contextmanager
@@ -285,7 +309,10 @@ def _watch_node(private: bool) -> int:
                 watched.append(os.pidfd_open(int(process.name)))
 
     def wait() -> None:
-        ready, _, _ = select.select(watched, [], [])
+        poll = select.poll()  # select() knows the first 1,024 files only
+        for number in watched:
+            poll.register(number, select.POLLIN | select.POLLHUP)
+        ready = [number for number, _ in poll.poll()]
         for number in watched:
             os.close(number)
         if held in ready or not ray.is_initialized():  # somebody else has called ray.shutdown

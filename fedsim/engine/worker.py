@@ -61,8 +61,7 @@ class Worker:
             for attempt in range(self._tries):
                 try:
                     done, entries = self._visit(program, task, i, sent)
-                    place = task.first_leaf + i
-                    done.entries = self._reduce(out, trees, entries, done.num_examples, place, task.num_leaves)
+                    done.entries, rows, leaves = _prepared(entries, done.num_examples)
                     if task.clients[i] != SERVER:
                         done.bytes_up = sum(_charge(program, e) for e in entries.values())
                     break
@@ -75,6 +74,16 @@ class Worker:
                     else:
                         raise error.of(task.round_num, task.clients[i], task.phase, task.visits[i]) from exc
             out.done.append(done)
+            if done.error is None:
+                try:  # one that differs from the others is no failure of its own: who differs depends on the task
+                    out.match({name: e.kind for name, e in entries.items()}, _shapes(rows, leaves, entries))
+                except ClientError as exc:
+                    error = ClientError(f"{_where(task, i, program.seed)}: {exc}")
+                    raise error.of(task.round_num, task.clients[i], task.phase, task.visits[i]) from None
+                for name, row in rows.items():
+                    out.rows.setdefault(name, []).append(row)
+                for name, value in leaves.items():
+                    trees.setdefault(name, TreeSum(task.num_leaves)).add((0, task.first_leaf + i), value)
         out.nodes = {name: sums.nodes for name, sums in trees.items()}
         out.seconds = time.perf_counter() - began
         return out
@@ -84,7 +93,7 @@ class Worker:
         client, rows = task.clients[i], task.memory[i]
         hooks = program.hooks if task.half is None else program.phase_hooks(task.half)
         visit = Visit(client, task.round_num, task.phase, task.visits[i], "train", task.steps, task.epochs, rows)
-        own_sent = _lane(task.unicast, i, program.device)
+        own_sent = sent_to(task.unicast, i, program.device)
         self._seed("hooks", task.phase, task.visits[i], client)
         with _read_only(sent, own_sent, rows):
             own = self._bind_buffers(program, task.sent.get("buffers"), rows)
@@ -111,46 +120,6 @@ class Worker:
             kept=tree.fingerprint(new),
         )
         return done, entries
-
-    def _reduce(
-        self, out: Outcome, trees: dict[str, TreeSum], entries: dict[str, Entry], n: int, place: int, size: int
-    ) -> str:
-        """Adds a client's entries: all of them, or, if one is refused, none.
-
-        Returns:
-            Their fingerprint, taken while they are in the processor's cache.
-        """
-        h = hashlib.sha256()
-        kinds = {name: e.kind for name, e in entries.items()}
-        if out.kinds and out.kinds != kinds:
-            raise ClientError(
-                f"finish() returned {kinds}, other clients returned {out.kinds}; names and reductions must be equal"
-            )
-        rows: dict[str, Any] = {}
-        leaves: dict[str, tuple[Tensor, ...]] = {}
-        for name, entry in entries.items():
-            if entry.kind == "concat":
-                rows[name] = map_tensors(_keep, entry.value[0])
-                tree.feed(h, (name, entry.value))
-                continue
-            if not isinstance(entry.value, Tensor) or not entry.value.dim() or len(entry.value) != 1:
-                raise ClientError(f"entry '{name}' must be a tensor with the client axis first, [1, ...]")
-            if entry.kind == "stack":
-                # The sum is finite only if every number is: cheaper than isfinite, and nothing overflows float64.
-                _finite(name, entry.value.double().sum())
-                rows[name] = _keep(entry.value[0])
-                tree.feed(h, (name, entry.value))
-                continue
-            num_examples = torch.tensor([[float(n)]], dtype=torch.float64, device=entry.value.device)
-            leaves[name] = leaf(entry, num_examples)
-            _finite(name, leaves[name][0].sum())
-            tree.feed(h, (name, entry.kind, leaves[name]))
-        out.kinds = kinds
-        for name, row in rows.items():
-            out.rows.setdefault(name, []).append(row)
-        for name, value in leaves.items():
-            trees.setdefault(name, TreeSum(size)).add((0, place), value)
-        return h.hexdigest()[:16]
 
     def _bind_buffers(self, program: Program, shared: Tensor | None, rows: Mapping[str, Tensor]) -> Tensor | None:
         network = program.network
@@ -186,7 +155,7 @@ class Worker:
         for i, client in enumerate(task.clients):
             self._seed("evaluate", task.round_num, task.mode, client)
             visit = Visit(client, task.round_num, "evaluate", task.round_num, task.mode, memory=task.memory[i])
-            local = Local(program, visit, sent | _lane(task.unicast, i, program.device))
+            local = Local(program, visit, sent | sent_to(task.unicast, i, program.device))
             self._bind_buffers(program, buffers, {} if task.mode == "global" else task.memory[i])
             if task.mode == "global":
                 w = sent["w"]
@@ -253,6 +222,46 @@ def lead(sent: Mapping[str, Any], device: torch.device | None = None) -> dict[st
     return {k: map_tensors(lambda t: t.to(device).unsqueeze(0), v) for k, v in sent.items() if k != "buffers"}
 
 
+def _prepared(entries: Mapping[str, Entry], n: int) -> tuple[str, dict[str, Any], dict[str, tuple[Tensor, ...]]]:
+    """A client's entries, checked.
+
+    Returns:
+        Their fingerprint, taken while they are in the processor's cache; rows that stay apart; leaves of the tree.
+
+    Raises:
+        ClientError: One is not finite, or no tensor.
+    """
+    h = hashlib.sha256()
+    rows: dict[str, Any] = {}
+    leaves: dict[str, tuple[Tensor, ...]] = {}
+    for name, entry in entries.items():
+        if entry.kind == "concat":
+            rows[name] = map_tensors(_keep, entry.value[0])
+            tree.feed(h, (name, entry.value))
+            continue
+        if not isinstance(entry.value, Tensor) or not entry.value.dim() or len(entry.value) != 1:
+            raise ClientError(f"entry '{name}' must be a tensor with the client axis first, [1, ...]")
+        if entry.kind == "stack":
+            # The sum is finite only if every number is: cheaper than isfinite, and nothing overflows float64.
+            _finite(name, entry.value.double().sum())
+            rows[name] = _keep(entry.value[0])
+            tree.feed(h, (name, entry.value))
+            continue
+        num_examples = torch.tensor([[float(n)]], dtype=torch.float64, device=entry.value.device)
+        leaves[name] = leaf(entry, num_examples)
+        _finite(name, leaves[name][0].sum())
+        tree.feed(h, (name, entry.kind, leaves[name]))
+    return h.hexdigest()[:16], rows, leaves
+
+
+def _shapes(
+    rows: Mapping[str, Any], leaves: Mapping[str, tuple[Tensor, ...]], entries: Mapping[str, Entry]
+) -> dict[str, list[tuple[int, ...]]]:
+    """Shapes by entry, which must be those of every other client; only ``concat`` may be ragged."""
+    stacked = {name: [tuple(row.shape)] for name, row in rows.items() if entries[name].kind == "stack"}
+    return stacked | {name: [tuple(t.shape) for t in value] for name, value in leaves.items()}
+
+
 def _charge(program: Program, entry: Entry) -> int:
     """Bytes that a client is charged for an entry; of a parameter vector the shared coordinates travel."""
     return program.nbytes(entry.value[0]) if entry.nbytes is None else entry.nbytes
@@ -289,8 +298,9 @@ def _keep(t: Tensor) -> Tensor:
     return t.detach().clone()
 
 
-def _lane(unicast: Mapping[str, Any], i: int, device: torch.device) -> dict[str, Any]:
-    """What client ``i`` got of its own, on the device, with a client axis of 1; copied, as bits follow alignment."""
+def sent_to(unicast: Mapping[str, Any], i: int, device: torch.device) -> dict[str, Any]:
+    """What client ``i`` got of its own, as hooks see it: on the device, with a client axis of 1; copied, as bits follow
+    alignment."""
     return {k: map_tensors(lambda t: t.to(device, copy=True).unsqueeze(0), lane(v, i)) for k, v in unicast.items()}
 
 

@@ -38,6 +38,7 @@ _TOTALS: dict[str, tuple[str, Callable[[float], str]]] = {
     "totals.bytes_up": ("Sent by clients", human_bytes),
     "totals.clients": ("Clients trained", _count),
     "totals.failures": ("Failures", _count),
+    "totals.retries": ("Done again", _count),
     "totals.steps": ("Local steps", _count),
     "totals.examples": ("Examples processed", _count),
     "totals.virtual_seconds": ("Virtual time", human_seconds),

@@ -27,7 +27,7 @@ MODES = {"": "global model", "personal_": "personal models", "finetuned_": "fine
 """What is scored on clients' own examples: prefix of the columns of ``clients.csv``, and its name."""
 
 _EVALUATION = ("test_", "validation_", "client_", "personal_", "finetuned_")  # prefixes of what evaluations say
-_COUNTED = ("train_loss", "bytes_", "clients", "failures", "virtual_seconds", "wall_seconds")
+_COUNTED = ("train_loss", "bytes_", "clients", "failures", "retries", "virtual_seconds", "wall_seconds")
 _SIGN = ("strategy", "run_dir")  # keys at the top of the config of every run, and hardly of anything else's
 _TRACES = ("visits.csv", "partition.npz", ".lock")  # files of a run whose config tells nothing any more
 _BEST_BY = ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss")  # as the driver chooses
@@ -405,7 +405,9 @@ def _so_far(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for r in (evaluated[-1], max(known, key=lambda r: sign * r[by], default=evaluated[-1]))
         )
         out["best"] = {"by": by, **best}
-    sums = {k: sum(r.get(k) or 0 for r in records) for k in ("bytes_down", "bytes_up", "clients", "failures")}
+    sums = {
+        k: sum(r.get(k) or 0 for r in records) for k in ("bytes_down", "bytes_up", "clients", "failures", "retries")
+    }
     out["totals"] = sums | {k: records[-1].get(k) or 0 for k in ("virtual_seconds", "wall_seconds")}
     return out
 

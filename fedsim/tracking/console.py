@@ -126,6 +126,8 @@ class Console:
                 parts.append(f"{mode} {_percent(record[f'{mode}_accuracy_mean'])}")
         if record.get("failures"):
             parts.append(f"{record['failures']} failed")
+        if record.get("retries"):
+            parts.append(f"{record['retries']} done again")
         if now > self._begin:
             parts.append(f"{self._clients / (now - self._begin):.3g} clients/s")
         return "  ".join(parts)
@@ -170,6 +172,8 @@ def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         rows.append(["rounds", str(summary["rounds"])])
     if "clients" in totals:
         rows.append(["clients trained", f"{totals['clients']:,}"])
+    if totals.get("retries"):
+        rows.append(["done again", f"{totals['retries']:,}, of lost workers or failed visits"])
     if totals.get("virtual_seconds"):
         rows.append(["virtual time", human_seconds(totals["virtual_seconds"])])
     if "wall_seconds" in totals:
