@@ -96,7 +96,8 @@ class Draws(FedAvg):
         return {"own": (a[list(clients)] @ b)[:, :16]}
 
     def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
-        return grad(w) + local.sent.own.mean(-1, keepdim=True)
+        own: Tensor = local.sent.own
+        return grad(w) + own.mean(-1, keepdim=True)
 
 
 KINDS: dict[str, dict[str, Any]] = {
