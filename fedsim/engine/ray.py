@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -230,18 +229,19 @@ class RayEngine:
 
     def close(self) -> None:
         """Ends the workers, and a private cluster with them."""
-        torch.set_num_threads(self._before)
-        if "ray" in sys.modules:
-            import ray
+        import ray
 
+        torch.set_num_threads(self._before)
+        try:
             for host in self._hosts if ray.is_initialized() else ():
                 if sessions.keeps() and host.starting is None and not host.jobs:
                     self._session.idle.append((self._options, host.actor))
                 else:
                     ray.kill(host.actor)
-        self._hosts, self._jobs = [], {}
-        self._pending.clear()
-        sessions.release(self._session)
+        finally:
+            self._hosts, self._jobs = [], {}
+            self._pending.clear()
+            sessions.release(self._session)
 
     # --- workers --------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ class Session:
 
     def __init__(self, address: str, num_cpus: float, num_gpus: float, dashboard: bool = False) -> None:
         self.local, self._folder, self._guard, self._watch = address == "local", Path(), (0, -1), -1
+        self._owner = os.getpid()
         self._ours = False  # the connection to Ray; it may be the user's
         self.spec = (address, num_cpus, num_gpus, dashboard)
         self.idle: list[tuple[Any, Any]] = []  # options and handle of workers that the next run may have
@@ -144,6 +145,8 @@ class Session:
 
     def close(self) -> None:
         """Leaves the cluster; ends a private one with all its processes and files. A second call does nothing."""
+        if os.getpid() != self._owner:  # a fork of it
+            return
         with _deferred(signal.SIGINT, signal.SIGTERM):
             if self._watch >= 0:
                 os.close(self._watch)
