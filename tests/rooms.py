@@ -73,7 +73,7 @@ class Room:
         for process in Path("/proc").glob("[0-9]*"):
             if int(process.name) != os.getpid() and _within(process, self.mark, f"{self.tmp}/"):
                 with contextlib.suppress(OSError):
-                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()[:80]
+                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
         return found
 
     def left(self) -> list[str]:

@@ -238,6 +238,8 @@ def test_a_worker_killed_at_any_moment_costs_time_and_not_bits(
             print(moment, when, number, title, got["retries"], got["sha"] == expected, sep="\t")
             assert got["sha"] == expected
             assert sum(got["retries"]) == len(losses.times)
+            if not losses.times:
+                fresh()  # killed after its last work: the next run would miss it
             if is_host(title) and number < ROUNDS:  # in the last round its work may be over
                 assert sum(got["retries"]) == 1
             else:  # a process that was no worker yet: Ray itself starts another
@@ -526,7 +528,7 @@ def test_work_that_needs_too_much_memory_ends_the_run_with_a_remedy(
     values = {"strategy": {"_target_": "tests.test_faults.Eats"}, "engine.max_retries": 1, "engine.workers": 2}
     everybody = {"participation": {"_target_": "fedsim.clients.participation.All"}}
     begin = time.monotonic()
-    told = r"round 2, training, clients .*: the worker was lost 2 times \(OutOfMemoryError.*; lower engine.workers"
+    told = r"round 2, training, clients .*: the worker was lost 2 times \(OutOfMemoryError.*, or lower engine.workers"
     with pytest.raises(RunError, match=told) as caught:
         drive(configure(("engine=ray",), {**values, **everybody}), tmp_path)
     assert "\n" not in str(caught.value) and time.monotonic() - begin < 60
