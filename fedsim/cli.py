@@ -6,7 +6,6 @@ Nothing heavy is imported until a command needs it: ``fedsim --help`` takes a fr
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from fedsim import interrupt
 from fedsim.errors import ConfigError, FedsimError, RunError, did_you_mean, one_line
 from fedsim.rundir import REMEDIES
 
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
     """
     args = list(sys.argv[1:] if argv is None else argv)
     try:
-        signal.signal(signal.SIGTERM, _terminate)
+        interrupt.catch()
         if os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # plug-ins beside the user; last, so that they hide nothing
         _dispatch(args)
@@ -67,10 +67,6 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
         print(f"fedsim: {line(exc)}", file=sys.stderr, flush=True)
         raise SystemExit(130 if isinstance(exc, KeyboardInterrupt) else getattr(exc, "status", 1)) from None
     raise SystemExit(0)
-
-
-def _terminate(number: int, frame: Any) -> NoReturn:
-    raise KeyboardInterrupt
 
 
 def _leave() -> NoReturn:

@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor
 
 from fedsim import config as conf
-from fedsim import random, rounds, tree
+from fedsim import interrupt, random, rounds, tree
 from fedsim.checkpoint import Checkpoints
 from fedsim.clients.local import Local
 from fedsim.clients.visit import Visit
@@ -109,6 +109,7 @@ def execute(exp: Experiment, resume: Path | None = None, sweep: str | None = Non
     Raises:
         FedsimError: With one clear line; what was computed so far stays in the run directory.
     """
+    interrupt.check()
     with _engine(exp) as engine:  # an engine that cannot start leaves no directory behind
         if resume is None:
             root, text = Path(exp.config["run_dir"]).expanduser(), conf.dump({**exp.config, "resume": None})
@@ -220,6 +221,7 @@ class Driver:
             if p.state is None:
                 self._prepare()
             while p.round_num < self.rounds and not p.stopped:
+                interrupt.check()
                 record = self._round(p.round_num + 1)
                 self.trackers.log({**record, "wall_seconds": round(self._elapsed(), 3)})
                 self._save_if_due()

@@ -68,12 +68,13 @@ class Room:
         return {**plain, **own, "OMP_NUM_THREADS": "1"}
 
     def processes(self) -> dict[int, str]:
-        """Ids and names of those that live."""
+        """Ids and command lines of those that live; who has none is being taken apart by the kernel."""
         found = {}
         for process in Path("/proc").glob("[0-9]*"):
             if int(process.name) != os.getpid() and _within(process, self.mark, f"{self.tmp}/"):
                 with contextlib.suppress(OSError):
-                    found[int(process.name)] = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+                    if line := (process / "cmdline").read_bytes().replace(b"\0", b" ").decode():
+                        found[int(process.name)] = line
         return found
 
     def left(self) -> list[str]:

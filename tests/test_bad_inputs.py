@@ -577,6 +577,12 @@ def test_an_interrupted_run_says_how_to_go_on_and_ends_as_if_it_never_had_been(
     assert read_summary(runs[0])["state_sha256"] == read_summary(runs[1])["state_sha256"]
 
 
+def test_an_interrupt_that_a_library_drops_is_not_lost(tmp_path: Path) -> None:
+    outcome = process(*QUICK, "strategy._target_=tests.wrong.Deaf", cwd=tmp_path)
+    assert outcome.status == 130 and outcome.line == "fedsim: interrupted"
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_reader_that_leaves_is_no_error(tmp_path: Path) -> None:
     for args in (["--help"], ["-m", *QUICK, "rounds=3", "seed=1,2"]):
         shell = f"{shlex.join([sys.executable, '-m', 'fedsim.cli', *args])} | head -1"
