@@ -1,4 +1,4 @@
-"""What the benchmarks share: data of a given shape, and alternating timings."""
+"""What the benchmarks share: data of a given shape, rounds of a given size, alternating timings, rows of the table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -40,6 +40,159 @@ class RandomImages:
         n = self.num_train
         names = tuple(str(c) for c in range(self.classes))
         return Dataset("random", Split(x[:n], y[:n]), Split(x[n:], y[n:]), names, (0.5,), (0.25,))
+
+
+@dataclass(frozen=True)
+class Case:
+    """A round that every side of a comparison does: FedAvg, every client holds ``steps * batch`` examples of its own.
+
+    Attributes:
+        model: As in ``model=<name>``.
+        clients: Clients of a round.
+        steps: Local steps of each: one epoch.
+        batch: Examples of a step.
+        population: Clients that there are; None: those of a round.
+        size: Height and width of an image.
+        channels: Of an image.
+        lr: Of local SGD.
+        num_test: Examples of the central evaluation.
+        target: Class of the model, if it is none of fedsim's; ``model`` then only gives a config without fields.
+        dropout: Whether a model of `benchmarks.models` has its dropout.
+    """
+
+    model: str
+    clients: int = 10
+    steps: int = 20
+    batch: int = 32
+    population: int | None = None
+    size: int = 28
+    channels: int = 1
+    lr: float = 0.01
+    num_test: int = 10_000
+    target: str = ""
+    dropout: bool = True
+
+    @property
+    def num_clients(self) -> int:
+        """Size of the population."""
+        return self.population or self.clients
+
+    @property
+    def examples(self) -> int:
+        """Training examples of one client."""
+        return self.steps * self.batch
+
+    @property
+    def data(self) -> RandomImages:
+        """The data of all clients."""
+        return RandomImages(self.num_clients * self.examples, self.num_test, self.size, self.channels)
+
+    def overrides(self) -> list[str]:
+        """The round as a user of fedsim asks for it."""
+        some = [] if self.population is None else [f"participation.clients_per_round={self.clients}"]
+        own = [f"model._target_={self.target}", f"+model.dropout={self.dropout}"] if self.target else []
+        return [
+            *(f"model={self.model}", *own),
+            *("data._target_=benchmarks.common.RandomImages", f"+data.num_train={self.num_clients * self.examples}"),
+            *(f"+data.num_test={self.num_test}", f"+data.size={self.size}", f"+data.channels={self.channels}"),
+            *("partition=iid", f"partition.num_clients={self.num_clients}", "partition.holdout=0"),
+            *(("participation=fixed", *some) if some else ()),
+            *("client.epochs=1", f"client.batch_size={self.batch}", f"client.lr={self.lr}"),
+        ]
+
+
+CASES = {
+    "logreg": Case("logreg"),
+    "mlp": Case("mlp"),
+    "lenet5": Case("lenet5"),
+    "cnn": Case("cnn"),
+    "lenet5, 50 x 10": Case("lenet5", clients=50, batch=10),
+    "resnet18_gn": Case("resnet18_gn", clients=2, steps=3, size=32, channels=3, num_test=500),
+}
+#: Those that take seconds.
+FAST = tuple(name for name in CASES if name != "resnet18_gn")
+
+# The CIFAR-10 benchmark of pfl-research: its network as published, the same without dropout (with it no two clients can
+# be computed as one), and fedsim's nearest standard one.
+_PFL_CNN = "benchmarks.models.PflCNN"
+_CIFAR = Case("cnn", clients=50, steps=5, batch=10, population=1000, size=32, channels=3, lr=0.1, target=_PFL_CNN)
+CIFAR = {
+    "pfl's CNN": _CIFAR,
+    "pfl's CNN, no dropout": replace(_CIFAR, dropout=False),
+    "twocnn": replace(_CIFAR, model="twocnn", target=""),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A line of the table.
+
+    Attributes:
+        part: Letter of the part.
+        case: What is done.
+        side: Who does it.
+        seconds: Median.
+        unit: Of what: a round, a step, ...
+        ratio: To the side ``against``, median over neighbouring turns; or None.
+        against: That side.
+        target: The ratio is to be at most this; None: no target.
+        runs: Of how many runs the medians are.
+        note: Anything else.
+        all: Every measurement, in seconds.
+    """
+
+    part: str
+    case: str
+    side: str
+    seconds: float | None = None
+    unit: str = "round"
+    ratio: float | None = None
+    against: str = ""
+    target: float | None = None
+    runs: int = 0
+    note: str = ""
+    all: list[float] = field(default_factory=list)
+
+
+def rows_of(
+    part: str,
+    case: str,
+    seconds: dict[str, list[float]],
+    against: str,
+    targets: dict[str, float] | None = None,
+    notes: dict[str, str] | None = None,
+    unit: str = "round",
+) -> list[Row]:
+    """A row for each side.
+
+    Args:
+        part: Letter of the part.
+        case: What is done.
+        seconds: Every measurement of every side, by turn.
+        against: The side that others are compared with.
+        targets: What the ratio of a side is to be at most.
+        notes: Of a side.
+        unit: What was measured.
+    """
+    out = []
+    for side, values in seconds.items():
+        compared = side != against and against in seconds
+        out.append(
+            Row(
+                part,
+                case,
+                side,
+                statistics.median(values),
+                unit,
+                ratio(seconds, side, against) if compared else None,
+                against if compared else "",
+                (targets or {}).get(side) if compared else None,
+                len(values),
+                (notes or {}).get(side, ""),
+                values,
+            )
+        )
+    return out
 
 
 def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:

@@ -31,23 +31,23 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import BATCH, CLIENTS, LR, STEPS, Idle, aim, cluster, own_folder, ratio
-from fedsim import rounds
+from benchmarks.common import BATCH, CLIENTS, LR, STEPS, Idle, Row, aim, cluster, own_folder, ratio
+from benchmarks.sides import Side
 from fedsim.compose import compose
 from fedsim.engine import session as sessions
-from fedsim.experiment import Experiment, build
-from fedsim.federation import Federation
-from fedsim.memory import Memory
+from fedsim.experiment import build
 from fedsim.run import _engine
 
 SIDES = {"inline": 0, "ray 1": 1, "ray 2": 2}  # and workers
 BEYOND = "ray 2 beyond compute"
+KEPT_OR_COLD = ("fedsim, kept cluster", "fedsim")
 DROPPED = 2
 FLOWER = {"mlp": 0.3, "lenet5": 0.45, "cnn": 1.0}  # of Flower's round, at most
 SPEED_UP, OVERHEAD_MS, COLD, KEPT = 1.8, 25.0, 0.65, 0.5
@@ -69,32 +69,6 @@ def overrides(model: str, workers: int, address: str) -> list[str]:
         f"+data.num_train={CLIENTS * STEPS * BATCH}",
         *(ray if workers else []),
     ]
-
-
-class Side:
-    """A federation on one engine, that can be asked for one round after the other."""
-
-    def __init__(self, exp: Experiment, engine: Any, folder: Path) -> None:
-        self.computed = 0.0
-        result = engine.result
-
-        def also(ticket: Any) -> Any:
-            outcome = result(ticket)
-            self.computed += getattr(outcome, "seconds", 0.0)
-            return outcome
-
-        engine.result = also
-        self.fed = Federation(exp.program, engine, exp.participation, exp.system, Memory(folder))
-        self.state, self.number = rounds.first(self.fed, exp.info), 0
-        while any(host.starting is not None for host in getattr(engine, "_hosts", ())):
-            engine._pump(0.1)  # a run begins when one worker is there; here all are
-
-    def round(self) -> tuple[float, float]:
-        """Seconds that it took, and those of them that workers trained, all of them together."""
-        self.number, self.computed = self.number + 1, 0.0
-        begin = time.perf_counter()
-        self.state = rounds.following(self.fed, self.state, self.number)
-        return time.perf_counter() - begin, self.computed
 
 
 def fedsim_rounds(model: str, count: int, folder: Path) -> tuple[dict[str, list[float]], dict[str, float]]:
@@ -156,15 +130,33 @@ def at_rest() -> float:
     return clock.share()
 
 
-def measure(model: str, turns: int, count: int, python: str | None, folder: Path) -> None:
-    """All turns of one model, and what they show."""
-    seconds: dict[str, list[float]] = {name: [] for name in (*SIDES, BEYOND, "flower")}
-    starts: dict[str, list[float]] = {"fedsim, kept cluster": [], "fedsim": [], "flower": []}
-    idle: dict[str, list[float]] = {name: [] for name in ("at rest", *SIDES)}
-    beside: list[float] = []  # two workers over Flower, by turn
+@dataclass
+class Found:
+    """All turns of one model.
+
+    Attributes:
+        seconds: Of every round, by side.
+        starts: Seconds up to the first finished round, by side.
+        idle: The machine's idle share, by turn.
+        beside: Two workers over Flower, by turn.
+        versions: On Flower's side.
+    """
+
+    seconds: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in (*SIDES, BEYOND, "flower")})
+    starts: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in (*KEPT_OR_COLD, "flower")})
+    idle: dict[str, list[float]] = field(default_factory=lambda: {n: [] for n in ("at rest", *SIDES)})
+    beside: list[float] = field(default_factory=list)
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+def measure(model: str, turns: int, count: int, python: str | None, folder: Path) -> Found:
+    """All turns of one model."""
+    all_of = Found()
+    seconds, starts, idle, beside = all_of.seconds, all_of.starts, all_of.idle, all_of.beside
     first_round(model, "local", folder / "runs")  # not counted: files come from a cold disk
     if python is not None:
-        theirs = flower(python, model, 0)["versions"]["torch"]
+        all_of.versions = flower(python, model, 0)["versions"]
+        theirs = all_of.versions["torch"]
         if theirs != torch.__version__:
             raise SystemExit(f"Flower's side has torch {theirs}, and this {torch.__version__}: install the same build")
     for turn in range(turns):
@@ -183,18 +175,31 @@ def measure(model: str, turns: int, count: int, python: str | None, folder: Path
             seconds[name] += values
         for name, share in shares.items():
             idle[name].append(share)
-    report(model, seconds, starts, idle, beside)
-    if python is not None:
-        print(f"  Flower's side: {', '.join(f'{name} {version}' for name, version in found['versions'].items())}")
+    return all_of
 
 
-def report(
-    model: str,
-    seconds: dict[str, list[float]],
-    starts: dict[str, list[float]],
-    idle: dict[str, list[float]],
-    beside: list[float],
-) -> None:
+def table(model: str, found: Found) -> list[Row]:
+    """Medians as rows; turns of the sides are not neighbours, so ratios are those of medians."""
+    base = "flower" if found.seconds["flower"] else "inline"
+    out = []
+    for kind, unit in ((found.seconds, "round"), (found.starts, "first round")):
+        against = base if kind.get(base) else "fedsim"
+        for name, values in kind.items():
+            if not values:
+                continue
+            middle = statistics.median(values)
+            other = None if name == against else middle / statistics.median(kind[against])
+            if name == "ray 2" and found.beside:
+                other = statistics.median(found.beside)
+            target = FLOWER[model] if (name, against) == ("ray 2", "flower") else None
+            of = "" if other is None else against
+            out.append(Row("b", model, name, middle, unit, other, of, target, len(values), all=values))
+    return out
+
+
+def report(model: str, found: Found) -> None:
+    """Prints what was found, and which targets were met."""
+    seconds, starts, idle, beside = found.seconds, found.starts, found.idle, found.beside
     print(f"\n{model}: seconds per round" + " " * 14 + "median      best     worst   machine idle")
     for name, values in seconds.items():
         if values:
@@ -221,12 +226,14 @@ def report(
         print(aim("ms of two workers' round beyond compute", beyond, OVERHEAD_MS, beyond <= OVERHEAD_MS))
     if beside:
         cold, kept = (ratio(starts, name, "flower") for name in ("fedsim", "fedsim, kept cluster"))
-        for what, found, limit in (
+        for what, share, limit in (
             ("two workers' round over Flower's", statistics.median(beside), FLOWER[model]),
             ("first round over Flower's", cold, COLD),
             ("first round on a kept cluster over Flower's cold one", kept, KEPT),
         ):
-            print(aim(what, found, limit, found <= limit))
+            print(aim(what, share, limit, share <= limit))
+    if found.versions:
+        print(f"  Flower's side: {', '.join(f'{name} {version}' for name, version in found.versions.items())}")
     sys.stdout.flush()
 
 
@@ -241,7 +248,7 @@ def main() -> None:
         print("Flower's side is left out: --flower-python names no Python that has it")
     with own_folder() as folder:
         for model in options.models:
-            measure(model, options.turns, options.rounds, options.flower_python, folder)
+            report(model, measure(model, options.turns, options.rounds, options.flower_python, folder))
 
 
 if __name__ == "__main__":

@@ -33,7 +33,8 @@ OF_A_CALL = (
 
 
 class Local:
-    """What a hook sees of the client that it runs for. The client axis is first everywhere (C = 1).
+    """What a hook sees of the client that it runs for. The client axis is first everywhere (C = 1; more in
+    `fedsim.clients.lanes.Lanes`, where numbers are ``[C, 1]``).
 
     Attributes:
         start: The parameters that the visit starts from, ``[1, d]``.
@@ -47,15 +48,21 @@ class Local:
         step: Steps made in the current stream, earlier visits included.
         steps: Steps planned for this visit.
         lr: Learning rate of the current step.
+        n: Training examples.
+        active: Lanes that make the current step, bool ``[C, 1]``.
         mean_loss: Mean training loss of the last call of `train`, ``[1]``.
         half: The strategy, or the half of the phase.
     """
+
+    n: Any
+    step: Any
+    lr: Any
 
     def __init__(self, program: Program, visit: Visit, sent: Mapping[str, Any], hooks: Hooks | None = None) -> None:
         self._program, self._visit = program, visit
         self.options = program.options
         self.layout = program.layout
-        self.clients = (visit.client,)
+        self.clients: tuple[int, ...] = (visit.client,)
         self.round, self.phase, self.mode = visit.round_num, visit.phase, visit.mode
         self.sent = Sent(sent)
         self.scratch: dict[str, Any] = {}
@@ -71,6 +78,7 @@ class Local:
         self.half = self._hooks.hooks.outer
         self._shard = program.shard(visit.client, visit.part)
         self.n = len(self._shard)
+        self.active = torch.ones(1, 1, dtype=torch.bool, device=program.device)
         self._ready: tuple[Tensor, Tensor] | None = None
         self.step = 0
         self.lr = self.options.lr * self.options.lr_decay ** max(self.round - 1, 0)
@@ -144,7 +152,7 @@ class Local:
         return torch.tensor([[self._lr_sum]], dtype=torch.float64, device=self._program.device)
 
     @property
-    def steps(self) -> int:
+    def steps(self) -> Any:
         """Steps planned for this visit."""
         if self._visit.steps is not None:
             return self._visit.steps if self.n else 0
@@ -153,7 +161,7 @@ class Local:
         return self.options.planned_steps(self.n)
 
     @property
-    def steps_per_epoch(self) -> int:
+    def steps_per_epoch(self) -> Any:
         """Steps of one pass over the client's data at the configured batch size."""
         size = min(self.options.batch_size or self.n, self.n) or 1
         return max(self.n // size, 1) if self.options.drop_last else -(-self.n // size)
@@ -234,7 +242,7 @@ class Local:
         if hooks.plain_loss and batch.plain:
             # The task's own objective in one kernel; the bits of the gradient are those of the general way.
             network.bind(at)
-            objective = mean_task_loss(network.module(batch.x[0]), batch.y[0])
+            objective = mean_task_loss(network.evaluate(network.module, batch.x[0]), batch.y[0])
         else:
             objective = batch.objective(hooks.loss(Point(network, at), batch)).sum()
             network.bind(at)
@@ -296,7 +304,8 @@ class Local:
         key = (self._stream_name, self._visit.client, self.step)
         for name in self.options.augment:
             g = random.generator(self._program.seed, f"augment.{name}", *key)
-            batch.x = AUGMENTATIONS[name](batch.x[0], g).unsqueeze(0)
+            x = batch.x[0]
+            batch.x = AUGMENTATIONS[name].apply(x, AUGMENTATIONS[name].draw(len(x), g)).unsqueeze(0)
 
     # --- training ------------------------------------------------------------------------------------
 
@@ -460,6 +469,20 @@ class Local:
         self.stats.loss += float((losses * n).sum())
 
     # --- the end of a visit --------------------------------------------------------------------------
+
+    @property
+    def sizes(self) -> list[int]:
+        """Training examples of each lane's client."""
+        return [self.n]
+
+    @property
+    def lane_stats(self) -> list[Stats]:
+        """What each lane did."""
+        return [self.stats]
+
+    def lane_rows(self, w: Tensor) -> list[dict[str, Tensor]]:
+        """`rows` of each lane's client."""
+        return [self.rows(w)]
 
     def rows(self, w: Tensor) -> dict[str, Tensor]:
         """What the client keeps, by qualified name; of torch's own memory.

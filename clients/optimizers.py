@@ -421,7 +421,7 @@ class TorchOptimizer:
         if len(w) != 1:
             raise ConfigError(
                 f"client.optimizer={self.name} trains clients one by one, but {len(w)} came together; set "
-                "client.batching=false, or use sgd, adam, adamw or adagrad, which train many clients at once"
+                "client.batching=off, or use sgd, adam, adamw or adagrad, which train many clients at once"
             )
         total = sum(shape.numel() for shape in self.shapes)
         if w.shape[1] != total:

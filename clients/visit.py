@@ -28,6 +28,8 @@ class ClientOptions:
         drop_last: Whether an epoch's last, partial batch is left out (never if it is the only one).
         buffers: Policy for floating-point buffers: ``mean``, ``local`` or ``frozen``.
         augment: Augmentations by name, applied to each batch.
+        batching: Clients that are trained together, at most.
+        precision: Of matrix products and convolutions: ``fp32``, ``bf16`` or ``tf32``.
     """
 
     optimizer: Optimizer
@@ -41,6 +43,8 @@ class ClientOptions:
     drop_last: bool = False
     buffers: str = "mean"
     augment: tuple[str, ...] = ()
+    batching: int = 1
+    precision: str = "fp32"
 
     def __post_init__(self) -> None:
         require(

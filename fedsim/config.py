@@ -168,6 +168,11 @@ def num_bytes(value: int | str | None) -> int | None:
     return int(float(found[1]) * 1024 ** (1 + "KMGT".index(found[2])))
 
 
+def _batching(key: str, value: Any) -> None:
+    if value is not False and value not in ("auto", "off") and (type(value) is not int or value < 1):  # YAML's `off`
+        raise _refuse(key, "auto, off, or a number of clients, at least 1", value)
+
+
 def _size(key: str, value: Any) -> None:
     try:
         num_bytes(value)
@@ -198,6 +203,9 @@ SCHEMA: dict[str, Check] = {
     "client.steps": _integer(1, null=True),
     "client.batch_size": _integer(1, null=True),
     "client.lr_decay": _number("(0, inf)"),
+    "client.batching": _batching,
+    "client.precision": _choice("fp32", "bf16", "tf32"),
+    "client.memory_budget": _size,
     "client.momentum": _number("[0, 1)"),
     "client.nesterov": _flag,
     "client.betas": _betas,

@@ -36,9 +36,16 @@ class ClientError(RunError):
     Attributes:
         visit: Which visit it was: ``round``, ``client``, ``phase``, and ``visit``, which tells the client's visits
             apart; None if it belongs to no single one.
+        lane: Which of several clients that are trained together it was, if that is known.
     """
 
     visit: dict[str, Any] | None = None
+    lane: int | None = None
+
+    def in_lane(self, lane: int) -> Self:
+        """This error, as that of one of several clients that are trained together."""
+        self.lane = lane
+        return self
 
     def of(self, round_num: int, client: int, phase: str, visit: int | str) -> Self:
         """This error, as that of one visit."""

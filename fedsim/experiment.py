@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedsim import batching, random
 from fedsim import config as conf
-from fedsim import random
 from fedsim.clients.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, TorchOptimizer
 from fedsim.clients.visit import ClientOptions
 from fedsim.compose import requested
@@ -124,6 +124,7 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     program = Program(
         strategy, recipes, module, _on_device(dataset, config), clients, _move(server, config), options, seed
     )
+    config = batching.chosen(config, program)
     participation, system = (
         instantiate(config["participation"], "participation"),
         instantiate(config["system"], "system"),
@@ -369,7 +370,11 @@ def _load_weights(module: nn.Module, path: Path) -> None:
 
 
 def _client_options(config: Config, module: nn.Module) -> ClientOptions:
-    c = dict(config["client"])
+    c, device = dict(config["client"]), config["engine"]["device"]
+    if c["precision"] == "tf32" and device == "cpu":
+        raise ConfigError("client.precision=tf32 is for CUDA devices, and engine.device is cpu; set bf16 or fp32")
+    if c["precision"] != "fp32" and config["precision"] != "float32":
+        raise ConfigError(f"client.precision={c['precision']} needs precision=float32, got {config['precision']}")
     optimizer: Optimizer
     if isinstance(c["optimizer"], Mapping):
         factory = instantiate({**c["optimizer"], "_partial_": True}, "client.optimizer")
@@ -391,8 +396,10 @@ def _client_options(config: Config, module: nn.Module) -> ClientOptions:
         else:
             kind = Adam if c["optimizer"] == "adam" else AdamW
             optimizer = kind(betas=tuple(c["betas"]), weight_decay=c["weight_decay"], **eps)
-    own = {k: v for k, v in c.items() if k not in ("optimizer", "momentum", "nesterov", "betas", "eps", "weight_decay")}
-    return ClientOptions(optimizer, augment=tuple(config["data"]["augment"]), **own)
+    others = ("optimizer", "momentum", "nesterov", "betas", "eps", "weight_decay", "batching", "memory_budget")
+    own = {k: v for k, v in c.items() if k not in others}
+    lanes = c["batching"] if type(c["batching"]) is int else 1  # `auto` is resolved when all is built
+    return ClientOptions(optimizer, augment=tuple(config["data"]["augment"]), batching=lanes, **own)
 
 
 # --- for people -------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import random, tree
+from fedsim.batching import together
 from fedsim.clients.participation import Participation
 from fedsim.clients.systems import System
 from fedsim.clients.visit import ClientOptions
@@ -256,7 +257,6 @@ class Federation:
         strategy = self.program.strategy
         sent, charges = self._payload(strategy.broadcast(state) if send is None else send, program)
         handle = self.engine.put(sent)
-        collector = Collector(program, len(cohort))
         waiting: dict[Any, Piece] = {}
         finished: list[tuple[Piece, list[Done], int]] = []
         seconds: list[float] = []
@@ -273,10 +273,15 @@ class Federation:
             slim = replace(piece, old=[], marks=[], task=replace(piece.task, memory=(), unicast={}))
             finished.append((slim, outcome.done, outcome.retries))
 
-        planned = [self._planned(client, steps, epochs, program) for client in cohort]
+        planned = {client: self._planned(client, steps, epochs, program) for client in cohort}
+        by_epochs = steps is None and (epochs is not None or program.options.epochs is not None)
+        hooks = program.hooks if half is None else program.phase_hooks(half)
+        groups = together(program, hooks, planned, self._sizes, by_epochs)
+        collector = Collector(program, len(groups), [client for group in groups for client in group])
         least = PIECE_S / self._pace.get(phase, PIECE_S)
-        for first, end in cut(planned, self.engine.slots, least, self._most):
-            part = cohort[first:end]
+        work = [sum(planned[client] for client in group) for group in groups]
+        for first, end in cut(work, self.engine.slots, least, max(1, self._most // max(map(len, groups)))):
+            part = tuple(client for group in groups[first:end] for client in group)
             own = [] if send is not None else self._own(state, part, visit)
             task = Task(
                 clients=part,
@@ -285,8 +290,9 @@ class Federation:
                 round_num=self.round_num,
                 half=half,
                 phase=phase,
+                groups=tuple(map(len, groups[first:end])) if len(part) > end - first else (),
                 first_leaf=first,
-                num_leaves=len(cohort),
+                num_leaves=len(groups),
                 steps=steps,
                 epochs=epochs,
                 model=model,
@@ -297,7 +303,7 @@ class Federation:
                 take()
         while waiting:
             take()
-        self._pace[phase] = max(sum(seconds), 1e-9) / sum(p + 1 for p in planned)
+        self._pace[phase] = max(sum(seconds), 1e-9) / sum(p + 1 for p in planned.values())
         finished.sort(key=lambda f: f[0].task.first_leaf)  # sums must not depend on who was first
         self._clock.advance(max(self._adopt(*f) for f in finished))
         failed = {c for piece, done, _ in finished for c, d in zip(piece.task.clients, done, strict=True) if d.error}
@@ -372,7 +378,7 @@ class Federation:
             )
         self._keep(piece, outcome)
         self._adopt(piece, outcome.done, outcome.retries)
-        collector = Collector(self.program, 1)
+        collector = Collector(self.program, 1, (client,))
         collector.add(outcome, 0)
         return Event("arrival", event.time, client, update=self._reduced(collector, (client,), self.program, False))
 

@@ -7,12 +7,14 @@ any point (the iterate, a perturbed point, a teacher) without a copy of the mode
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError
+from fedsim.stacked import Stack
 from fedsim.vector import Layout, float_buffers, trainable
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -61,7 +63,18 @@ class Network:
                 "batch norm with momentum=None counts its batches, which no visit remembers; give it one, such as 0.1"
             )
         self._mode: tuple[bool, bool] | None = None
+        self.cast: torch.dtype | None = None  # what matrices are multiplied in; None: as they are
         self._norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
+
+    @cached_property
+    def stack(self) -> Stack | None:
+        """The network of several clients as one, if its layers allow it."""
+        return Stack.of(self.module)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether examples of a batch see each other."""
+        return bool(self._norms)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_bound": 0, "_bound_buffers": 0}  # addresses mean nothing elsewhere
@@ -112,7 +125,16 @@ class Network:
 
     def __call__(self, x: Any) -> Any:
         """Outputs ``[1, B, ...]`` for inputs ``[1, B, ...]`` at the bound point."""
-        return map_tensors(lambda t: t.unsqueeze(0), self.module(map_tensors(lambda t: t.squeeze(0), x)))
+        return map_tensors(lambda t: t.unsqueeze(0), self.evaluate(self.module, map_tensors(lambda t: t.squeeze(0), x)))
+
+    def evaluate(self, forward: Callable[..., Any], *inputs: Any) -> Any:
+        """Calls the network, ``forward``, in its precision; the outputs have that of the parameters."""
+        if self.cast is None:
+            return forward(*inputs)
+        with torch.autocast(self.device.type, dtype=self.cast):
+            outputs = forward(*inputs)
+        dtype = self.layout.dtype
+        return map_tensors(lambda t: t.to(dtype) if t.is_floating_point() else t, outputs)
 
     @property
     def parameters(self) -> dict[str, Tensor]:

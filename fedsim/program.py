@@ -237,11 +237,14 @@ class Program:
         self.options, self.seed = options, seed
         self.hooks = Hooks(self.recipes, strategy)
         self._variants: dict[Any, Program] = {}
+        self.told: set[str] = set()  # reasons that were logged
         self._double: tuple[Tensor, Tensor] | None = None
         self._install(self.rebuild(module))
 
     def _install(self, module: nn.Module) -> None:
         self.network = Network(module)
+        self.network.cast = torch.bfloat16 if self.options.precision == "bf16" else None
+        self.network_alone: str | None = None  # why it cannot train several clients at once; None: not tried yet
         self.layout, self.device = self.network.layout, self.network.device
         self.dtype = self.layout.dtype
         roles = self.roles()

@@ -183,13 +183,14 @@ class Rows:
     """The rows of a ``stack`` entry, in client-id order; behaves like ``[m, ...]``.
 
     Args:
-        pieces: Row blocks in order: tensors ``[k, ...]``, or what is indexed like one and gives copies.
+        pieces: Row blocks: tensors ``[k, ...]``, or what is indexed like one and gives copies.
         weights: Number of examples of each row's client, ``[m]``.
         layout: Of the parameter vector.
+        places: Where each row is in the blocks, int64 ``[m]``; None: they are in order.
     """
 
-    def __init__(self, pieces: Sequence[Any], weights: Tensor, layout: Layout) -> None:
-        self._pieces, self._weights, self._layout = pieces, weights, layout
+    def __init__(self, pieces: Sequence[Any], weights: Tensor, layout: Layout, places: Tensor | None = None) -> None:
+        self._pieces, self._weights, self._layout, self._places = pieces, weights, layout, places
 
     def __len__(self) -> int:
         return sum(len(p) for p in self._pieces)
@@ -197,12 +198,18 @@ class Rows:
     def __getitem__(self, index: Any) -> Tensor:
         """``rows[i]`` is a row, ``rows[:, s]`` a block of columns, ``rows[...]`` all of it."""
         if isinstance(index, tuple) and len(index) == 2 and index[0] == slice(None):
-            return torch.cat([p[:, index[1]] for p in self._pieces])
+            return self._ordered([p[:, index[1]] for p in self._pieces])
         if isinstance(index, int):
             return self._row(range(len(self))[index])
         return self.tensor()[index]
 
+    def _ordered(self, parts: list[Tensor]) -> Tensor:
+        rows = parts[0] if len(parts) == 1 else torch.cat(parts)
+        return rows if self._places is None else rows[self._places]
+
     def _row(self, index: int) -> Tensor:
+        if self._places is not None:
+            index = int(self._places[index])
         for piece in self._pieces:
             if index < len(piece):
                 return piece[index]  # type: ignore[no-any-return]
@@ -211,8 +218,7 @@ class Rows:
 
     def tensor(self) -> Tensor:
         """All rows in one place, ``[m, ...]``."""
-        parts = [p if isinstance(p, Tensor) else p[:] for p in self._pieces]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        return self._ordered([p if isinstance(p, Tensor) else p[:] for p in self._pieces])
 
     def columns(self) -> Iterator[tuple[str, slice, Tensor]]:
         """Name, slice and rows ``[m, s]`` of one model tensor after the other."""

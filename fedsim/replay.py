@@ -1,4 +1,5 @@
-"""One visit of a run again, alone, in this process: for a debugger, and to see that it gives the same bits.
+"""One visit of a run again, in this process: for a debugger, and to see that it gives the same bits. Nothing else runs
+beside it but the visits of clients that are trained together with it (``client.batching``).
 
 The server's state comes from the newest checkpoint before the round, and the rounds between are computed again. In the
 round itself a client's visit is run as soon as it is handed out, and nothing runs after it; what went before in the
@@ -22,7 +23,7 @@ from typing import Any
 from fedsim import rounds
 from fedsim.checkpoint import files, tree_of
 from fedsim.config import check, config_hash, load
-from fedsim.engine.base import EvalTask, Outcome, Task
+from fedsim.engine.base import Done, EvalTask, Outcome, Task
 from fedsim.engine.inline import InlineEngine
 from fedsim.errors import ClientError, ConfigError, FedsimError, RunError, did_you_mean
 from fedsim.experiment import Experiment, build
@@ -46,8 +47,9 @@ class Replay:
         client: Client id; -1 is the server.
         phase: ``train`` or the name of a phase.
         visit: What tells the client's visits apart.
-        outcome: What it sent, as sums over this client alone; ``outcome.done[0]`` is the visit.
+        outcome: What it sent, as sums over this client and those that are trained together with it.
         recorded: What the run wrote down of it; None if it did not, as of a round that was never finished.
+        lane: Its place among them: ``outcome.done[lane]`` is the visit.
     """
 
     round: int
@@ -56,16 +58,22 @@ class Replay:
     visit: str
     outcome: Outcome
     recorded: Record | None
+    lane: int = 0
+
+    @property
+    def done(self) -> Done:
+        """The visit, as it would be booked."""
+        return self.outcome.done[self.lane]
 
     @property
     def entries(self) -> str:
         """Fingerprint of what it sent."""
-        return self.outcome.done[0].entries
+        return self.done.entries
 
     @property
     def memory(self) -> str:
         """Fingerprint of what it keeps, its personal model included."""
-        return self.outcome.done[0].kept
+        return self.done.kept
 
     @property
     def same(self) -> bool | None:
@@ -182,19 +190,21 @@ class _Alone(InlineEngine):
         wanted = self._wanted
         if isinstance(task, Task) and wanted.is_met(task):
             i = task.clients.index(wanted.client)
+            place, (first, end) = next((n, s) for n, s in enumerate(task.spans()) if s[0] <= i < s[1])
             alone = replace(
                 task,
-                clients=(wanted.client,),
-                visits=(task.visits[i],),
-                memory=(task.memory[i],),
-                unicast={k: lane(v, slice(i, i + 1)) for k, v in task.unicast.items()},
-                first_leaf=task.first_leaf + i,
+                clients=task.clients[first:end],
+                visits=task.visits[first:end],
+                memory=task.memory[first:end],
+                unicast={k: lane(v, slice(first, end)) for k, v in task.unicast.items()},
+                groups=(end - first,),
+                first_leaf=task.first_leaf + place,
             )
             visit = str(task.visits[i])
             record = wanted.records.get((task.phase, visit))
             outcome = self._worker.run(alone)
             assert isinstance(outcome, Outcome)
-            wanted.found.append(Replay(wanted.round, wanted.client, task.phase, visit, outcome, record))
+            wanted.found.append(Replay(wanted.round, wanted.client, task.phase, visit, outcome, record, i - first))
             if wanted.complete:
                 raise _Found
         return super().submit(task)
@@ -342,7 +352,7 @@ def _whole(key: str, text: str) -> int:
 def _show(visit: Replay) -> None:
     from fedsim.report.text import align
 
-    (done,), r = visit.outcome.done, visit.recorded
+    done, r = visit.done, visit.recorded
     who = _who(visit.client)
     loss = f", mean loss {done.loss / done.scored:.4f}" if done.scored else ""
     print(f"round {visit.round}, {who}, phase {visit.phase}: {done.num_examples} examples, {done.steps} steps{loss}")

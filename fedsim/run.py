@@ -492,7 +492,7 @@ class Driver:
             if client == SERVER:
                 continue
             (row,) = self.memory.get((client,))
-            own = sent_to(self.fed.unicast(state, (client,)), 0, program.device)
+            own = sent_to(self.fed.unicast(state, (client,)), 0, 1, program)
             visit = Visit(client, number, "evaluate", number, "personal", memory=row)
             w = Local(program, visit, sent | own)._hooks.single("personal")[0]
             yield client, (w, row.get("buffers.local")) if self._local_buffers else w

@@ -94,7 +94,14 @@ class ClientHalf:
     """What happens on a client. Override what the method changes.
 
     Recipes (``clients/``) and phases are client halves without a server; a `Strategy` adds one.
+
+    Attributes:
+        batched: Whether the hooks that the class defines work for several clients at once: nothing in them looks at
+            one lane alone, and numbers of a client may be ``[C, 1]``. ``client.batching=auto`` takes only classes that
+            say so themselves; False keeps clients apart under every setting.
     """
+
+    batched: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         check_types(self)

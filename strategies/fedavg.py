@@ -7,6 +7,7 @@ Departures: none known. The server adds the mean of ``local - global``, which is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -22,6 +23,8 @@ class FedAvg(Strategy):
     Attributes:
         weights: ``examples``: a client counts by its number of training examples; ``uniform``: all alike.
     """
+
+    batched: ClassVar = True
 
     weights: str = "examples"
 

@@ -45,6 +45,7 @@ class FedDyn(Strategy):
         dual: ``all``, ``active`` or ``off``.
     """
 
+    batched: ClassVar = True
     parent: ClassVar = "fedavg"
     parent_options: ClassVar = {"weights": "uniform"}
     neutral: ClassVar = {"alpha": 0.0, "dual": "off"}

@@ -24,7 +24,7 @@ Departures:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ from fedsim.errors import ConfigError
 from fedsim.reduce import Entry, Reduced, mean
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategy import Grad, State, require
+
+
+N = TypeVar("N", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,7 @@ class FedNova(FedAvg):
             all clients FedNova is FedAvg too, up to rounding: ``delta / work * work`` is not ``delta`` in floats.)
     """
 
+    batched: ClassVar = True
     parent: ClassVar = "fedavg"
     neutral: ClassVar = {"normalise": False}
 
@@ -71,18 +75,22 @@ class FedNova(FedAvg):
 
     def update(self, w: Tensor, d: Tensor, local: Local) -> Tensor:
         if self.normalise:
-            rule, x, b = local.scratch.get("work") or (linear_rule(local.options, self.mu), 0.0, 0.0)
-            local.scratch["work"] = (rule, *unit_step(x, b, local.lr, rule, self.mu))
+            nothing = torch.zeros_like(w[:, :1], dtype=torch.float64)
+            rule, x, b = local.scratch.get("work") or (linear_rule(local.options, self.mu), nothing, nothing)
+            further = unit_step(x, b, local.lr, rule, self.mu)
+            x, b = (torch.where(local.active, new, old) for new, old in zip(further, (x, b), strict=True))
+            local.scratch["work"] = rule, x, b
         return local.optimizer(w, d)
 
     def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
         if not self.normalise:
             return super().finish(w, local)
-        _, work, _ = local.scratch.get("work", (None, 0.0, None))
-        delta = local.delta(w) / work if work else local.delta(w)  # no step: no update either
+        delta = local.delta(w)
+        _, work, _ = local.scratch.get("work", (None, torch.zeros_like(delta[:, :1]), None))
+        delta = torch.where(work == 0, delta, delta / work)  # no step: no update either
         return {
             "delta": mean(delta, self.weight(w)),  # -d_i in the paper
-            "work": mean(torch.full_like(delta[:, :1], work), self.weight(w)),  # eta ||a_i||_1
+            "work": mean(work, self.weight(w)),  # eta ||a_i||_1
         }
 
     def step(self, state: State, reduced: Reduced) -> State:
@@ -90,12 +98,12 @@ class FedNova(FedAvg):
         return State((state.w + scale * reduced["delta"]).to(state.w))
 
 
-def unit_step(x: float, b: float, lr: float, rule: SGD, mu: float) -> tuple[float, float]:
+def unit_step(x: N, b: N, lr: Any, rule: SGD, mu: float) -> tuple[N, N]:
     """One local step on a gradient of -1, from 0: the sum of the coefficients of all gradients so far grows likewise.
 
     Args:
-        x: Where the steps before have led.
-        b: Momentum buffer.
+        x: Where the steps before have led: a number, or ``[C, 1]``.
+        b: Momentum buffer likewise.
         lr: Learning rate of the step.
         rule: Gives momentum and Nesterov's variant.
         mu: Weight of the proximal term.

@@ -27,6 +27,7 @@ class FedProx(FedAvg):
         mu: Weight of ``mu / 2 * |w - start|^2``, >= 0; 0 gives FedAvg.
     """
 
+    batched: ClassVar = True
     parent: ClassVar = "fedavg"
     neutral: ClassVar = {"mu": 0.0}
 

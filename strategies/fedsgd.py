@@ -27,6 +27,7 @@ class FedSGD(FedAvg):
     """FedSGD. Averages like FedAvg."""
 
     # Not a parent by options of its own: FedAvg under other options of the client is no law that the suite knows.
+    batched: ClassVar = True
     parent: ClassVar[str | None] = None
     unused: ClassVar = dict.fromkeys(
         ("client.epochs", "client.steps", "client.batch_size", "client.drop_last"),

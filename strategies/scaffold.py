@@ -44,6 +44,7 @@ class Scaffold(FedAvg):
         control: Factor on ``c - c_i``; 0 gives FedAvg.
     """
 
+    batched: ClassVar = True
     parent: ClassVar = "fedavg"
     parent_options: ClassVar = {"weights": "uniform"}
     neutral: ClassVar = {"control": 0.0}

@@ -624,7 +624,7 @@ class Sends(FedAvg):
         return {"w": sized(state.w, 100), "G": once(state.G), "mask": state.G > 0}
 
     def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
-        return {"delta": sized(mean(local.delta(w)), 7), "flags": stack(torch.ones(1, 9, dtype=torch.bool))}
+        return {"delta": sized(mean(local.delta(w)), 7), "flags": stack(torch.ones(len(w), 9, dtype=torch.bool))}
 
     def step(self, state: Guided, reduced: Reduced) -> Guided:  # type: ignore[override]
         rounds = state.rounds + 1

@@ -18,9 +18,11 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from fedsim import federation, tree
+from fedsim.batching import declared
 from fedsim.checkpoint import Checkpoints
 from fedsim.config import CONF, Config
 from fedsim.engine import session as sessions
+from fedsim.experiment import build
 from fedsim.federation import Federation
 from fedsim.program import Bound
 from fedsim.reduce import Entry, Reduced, Rows, Sized
@@ -387,6 +389,28 @@ def overrides_prepare(cls: type[Strategy]) -> bool:
 
 
 # --- what is computed -------------------------------------------------------------------------------------
+
+
+def test_clients_trained_together_have_the_numbers_of_each_alone(name: str, tmp_path: Path) -> None:
+    strategy = build(config(name)).program.strategy
+    if not declared(strategy):
+        pytest.skip("does not say that it is written for several clients")
+    # Twenty steps of unequal clients; in the second round, from the memory and the state that the first one left.
+    values = {**EVERYBODY, "precision": "float64", "client.epochs": None, "client.steps": 20, "client.batch_size": 24}
+    runs = [drive(config(name, {**values, "client.batching": n}), tmp_path) for n in ("off", 3)]
+    assert [run.driver.exp.program.options.batching for run in runs] == [1, 3]
+    one, other = (_numbers(run.driver) for run in runs)
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert bool(torch.isclose(other[key], value, rtol=0, atol=1e-10).all()), key
+    assert runs[0].state_sha256 != runs[1].state_sha256, "nobody was trained together"
+
+
+def _numbers(driver: Driver) -> dict[str, Tensor]:
+    """All tensors of the state and of what clients remember."""
+    clients = driver.memory.clients()
+    rows = dict(zip(map(str, clients), driver.memory.get(clients), strict=True))
+    return tree.flatten({"state": driver.progress.state, "rows": rows})[1]
 
 
 @every_engine

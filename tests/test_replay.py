@@ -114,7 +114,7 @@ def test_twenty_random_visits_have_the_recorded_bits(go: Callable[..., Result], 
     for r in random.Random(0).sample(all_visits, 20):
         found = only(replay(run, r.round, r.client))
         assert found.recorded == r and found.same is True
-        (done,) = found.outcome.done
+        done = found.done
         assert (done.steps, done.bytes_up) == (r.steps, r.bytes_up)
     assert content(run) == before
 
@@ -175,7 +175,7 @@ def test_personal_models_come_back_with_the_visit(tmp_path: Path) -> None:
     last = {r.client: r for r in records(run.result.run_dir)}  # each client's last visit left what memory holds
     for client, r in last.items():
         (row,) = run.memory.get((client,))
-        again = only(replay(run.result.run_dir, r.round, client)).outcome.done[0].memory
+        again = only(replay(run.result.run_dir, r.round, client)).done.memory
         assert torch.equal(again["strategy.private"], row["strategy.private"])
 
 
@@ -383,7 +383,7 @@ def test_what_is_still_under_way_at_the_end_can_be_replayed(tmp_path: Path) -> N
     run = drive(configure(values={"rounds": 3, "strategy": strategy}), tmp_path).result.run_dir
     assert 0 not in {r.client for r in records(run)}
     found = only(replay(run, 0, 0))
-    assert found.same is None and found.outcome.done[0].steps == 40
+    assert found.same is None and found.done.steps == 40
 
 
 def test_an_early_stop_is_where_a_replay_finds_the_last_phase(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any, Protocol
 
 from torch import Tensor, nn
@@ -29,7 +30,9 @@ class Task:
         unicast: Payload for these clients only: for every name a list, one item for each.
         half: The half of a phase; None: the strategy's own.
         phase: ``train`` or the name of a phase.
-        first_leaf: Place of the first client in the reduction tree.
+        groups: How many of the clients, one group after the other, are trained together; together they are one leaf
+            of the reduction tree. Empty: each client alone.
+        first_leaf: Place of the first group in the reduction tree.
         num_leaves: Size of the reduction tree.
         steps: Local steps instead of the configured work.
         epochs: Local epochs instead of the configured work.
@@ -44,11 +47,17 @@ class Task:
     unicast: dict[str, Any] = field(default_factory=dict)
     half: ClientHalf | None = None
     phase: str = "train"
+    groups: tuple[int, ...] = ()
     first_leaf: int = 0
     num_leaves: int = 1
     steps: int | None = None
     epochs: int | None = None
     model: Callable[[nn.Module], nn.Module] | None = None
+
+    def spans(self) -> list[tuple[int, int]]:
+        """Places ``(first, end)`` of each group in ``clients``."""
+        ends = list(accumulate(self.groups or [1] * len(self.clients)))
+        return list(zip([0, *ends], ends, strict=False))
 
 
 @dataclass

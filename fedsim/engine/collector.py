@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,10 +20,13 @@ class Collector:
     Args:
         program: For the layout.
         num_leaves: Size of the tree.
+        clients: Ids in the order of the leaves.
     """
 
-    def __init__(self, program: Program, num_leaves: int) -> None:
+    def __init__(self, program: Program, num_leaves: int, clients: Sequence[int]) -> None:
         self._layout, self._size = program.layout, num_leaves
+        places = torch.tensor(clients, dtype=torch.int64).argsort()
+        self._places = None if torch.equal(places, torch.arange(len(clients))) else places
         self._like = Outcome()
         self._trees: dict[str, TreeSum] = {}
         self._rows: dict[str, dict[int, Any]] = {}
@@ -34,7 +38,7 @@ class Collector:
 
         Args:
             outcome: What its clients sent.
-            first: Place of its first client.
+            first: Place of its first leaf.
 
         Raises:
             ClientError: Its clients sent other entries than those before.
@@ -51,17 +55,17 @@ class Collector:
 
     def values(self) -> tuple[dict[str, Any], Tensor]:
         """The reduced entries by name, and the clients' numbers of examples, float64 ``[m]``."""
-        num_examples = torch.tensor(_in_order(self._num_examples), dtype=torch.float64)
+        num_examples = torch.tensor(self._in_order(self._num_examples), dtype=torch.float64)
         for sums in self._trees.values():
             for place in self._absent:
                 sums.add((0, place), ABSENT)
         out: dict[str, Any] = {}
         for name, kind in self._like.kinds.items():
             if kind == "concat":
-                out[name] = _in_order(self._rows[name])
+                out[name] = self._in_order(self._rows[name])
             elif kind == "stack":
                 pieces = [_together(self._rows[name][first]) for first in sorted(self._rows[name])]
-                out[name] = Rows(pieces, num_examples, self._layout)
+                out[name] = Rows(pieces, num_examples, self._layout, self._places)
             else:
                 value = self._trees[name].result()
                 if kind == "mean" and value[1].numel() == 1 and not bool(value[1]):
@@ -69,10 +73,10 @@ class Collector:
                 out[name] = finish(kind, value)
         return out, num_examples
 
-
-def _in_order(pieces: dict[int, list[Any]]) -> list[Any]:
-    """What belongs to each client, in id order."""
-    return [item for first in sorted(pieces) for item in pieces[first]]
+    def _in_order(self, pieces: dict[int, list[Any]]) -> list[Any]:
+        """What belongs to each client, in id order."""
+        found = [item for first in sorted(pieces) for item in pieces[first]]
+        return found if self._places is None else [found[i] for i in self._places.tolist()]
 
 
 def _together(rows: Any) -> Any:
