@@ -32,6 +32,8 @@ from benchmarks.sides import EVERY, NO_BATCHING, ONE_BY_ONE, Doer, Ours, Side, i
 
 PFL = "pfl-research"
 ROUNDS = 1500
+GROUP = {"cpu": 10, "cuda": 50}  # clients that the batched side computes as one
+BUDGET = "client.memory_budget=16GiB"  # 50 of them need about 5
 SHOWN = 200  # the round whose accuracy is in the table
 
 
@@ -41,15 +43,19 @@ def overrides(case: Case, device: str, root: Path | None) -> list[str]:
     return [*given, f"engine.device={device}", *(["data=cifar10", f"data.root={root}"] if root else [])]
 
 
-def one_by_one(name: str, device: str, root: Path | None, group: int, folder: Path) -> Iterator[tuple[str, Side]]:
+def one_by_one(
+    name: str, device: str, root: Path | None, group: int | None, folder: Path
+) -> Iterator[tuple[str, Side]]:
     """fedsim's sides, built when they are asked for."""
     case = CIFAR[name]
     yield "one by one", inline([*overrides(case, device, root), *ONE_BY_ONE], folder / "one")
     if not NO_BATCHING and not (case.target and case.dropout):
-        yield "batched", inline([*overrides(case, device, root), f"client.batching={group}"], folder / "batched")
+        size = group or GROUP[device.partition(":")[0]]
+        given = [*overrides(case, device, root), f"client.batching={size}", BUDGET]
+        yield f"batched ({size})", inline(given, folder / "batched")
 
 
-def a_slice(name: str, count: int, python: str | None, group: int, root: Path | None, folder: Path) -> list[Row]:
+def a_slice(name: str, count: int, python: str | None, group: int | None, root: Path | None, folder: Path) -> list[Row]:
     """Rounds and evaluations of all sides in turns, on a CPU."""
     with contextlib.ExitStack() as stack:
         sides: dict[str, Doer] = {n: Ours(s) for n, s in one_by_one(name, "cpu", root, group, folder)}
@@ -88,7 +94,7 @@ def all_rounds(name: str, side: str, doer: Doer, rounds: int, device: str) -> Ro
 
 
 def on_gpu(
-    name: str, rounds: int, python: str | None, group: int, root: Path | None, device: str, folder: Path
+    name: str, rounds: int, python: str | None, group: int | None, root: Path | None, device: str, folder: Path
 ) -> Iterator[list[Row]]:
     """All rounds, one side after the other."""
     alone: float | None = None
@@ -96,7 +102,7 @@ def on_gpu(
         federation.round()  # warms up
         row = all_rounds(name, side, Ours(federation), rounds, device)
         alone = alone or row.seconds
-        yield [against(row, "one by one", alone, 0.1 if side == "batched" else None)]
+        yield [against(row, "one by one", alone, 0.1 if side.startswith("batched") else None)]
     if python is not None:
         with peer(python, name, device) as theirs:
             yield [against(all_rounds(name, PFL, theirs, rounds, device), "one by one", alone)]
@@ -116,7 +122,7 @@ def rows(
     rounds: int = ROUNDS,
     root: Path | None = None,
     names: list[str] | None = None,
-    group: int = 50,
+    group: int | None = None,
 ) -> Iterator[list[Row]]:
     """The rows of one network after the other.
 
@@ -127,7 +133,7 @@ def rows(
         rounds: On a GPU.
         root: Folder of the real images, or None.
         names: Of networks; None: all.
-        group: Clients that the batched side computes as one.
+        group: Clients that the batched side computes as one; None: 10 on a CPU, all 50 on a GPU.
     """
     with own_folder() as folder:
         for name in names or CIFAR:
@@ -145,7 +151,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="on a CPU")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="on a GPU")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--group", type=int, default=50, help="clients that the batched side computes as one")
+    parser.add_argument("--group", type=int, help="clients that the batched side computes as one")
     parser.add_argument("--cifar", type=Path, metavar="FOLDER", help="of the real images")
     parser.add_argument("--pfl-python", metavar="PATH", help="a Python that has pfl[pytorch] and torch")
     parser.add_argument("--json", type=Path, metavar="FILE")

@@ -27,6 +27,16 @@ FUNCTIONS: tuple[Any, ...] = (F.relu, torch.relu, torch.tanh, torch.sigmoid, F.g
 SUMS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add)
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return _per_channel(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _per_channel(layer: nn.Module) -> bool:
+    """Whether it treats every channel of ``[B, C, H, W]`` alike and alone; a layer of one's own says so itself."""
+    return type(layer) in POOLS or getattr(layer, "per_channel", False)
+
+
 @dataclass(frozen=True)
 class Value:
     """An activation of all clients.
@@ -55,7 +65,7 @@ class Stack:
     def of(cls, module: nn.Module) -> Stack | None:
         """The stack of a network, or None if it has a layer that is not known here, or depends on its inputs."""
         try:
-            graph = fx.Tracer().trace(module)
+            graph = _Tracer().trace(module)
         except Exception:  # whatever a forward does that symbols cannot
             return None
         stack = cls(graph, module)
@@ -75,7 +85,7 @@ class Stack:
                 return layer.start_dim == 1 and layer.end_dim == -1
             if isinstance(layer, nn.MaxPool2d):
                 return not layer.return_indices
-            return isinstance(layer, nn.Linear | nn.GroupNorm) or type(layer) in (*ELEMENTWISE, *POOLS)
+            return isinstance(layer, nn.Linear | nn.GroupNorm) or type(layer) in ELEMENTWISE or _per_channel(layer)
         if node.op == "call_function":
             if node.target is torch.flatten:
                 return list(node.args[1:]) == [1] and not node.kwargs
@@ -152,7 +162,7 @@ def _layer(layer: nn.Module, name: str, given: Value, params: Mapping[str, Tenso
         return Value(F.group_norm(_image(given, lanes), lanes * layer.num_groups, scale, shift, layer.eps), True)
     if isinstance(layer, nn.Flatten):
         return Value(_rows(given, lanes).flatten(2))
-    if type(layer) in POOLS:
+    if _per_channel(layer):
         return Value(layer(_image(given, lanes)), True)
     return Value(layer(given.tensor), given.image)
 

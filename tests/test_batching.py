@@ -375,8 +375,9 @@ def test_batch_norms_refuse_batches_of_different_sizes() -> None:
 
 
 @pytest.mark.parametrize("buffers", ["mean", "frozen"])
-def test_gradients_and_teachers_see_a_batch_norm_in_its_mode(buffers: str) -> None:
-    values = {"strategy": node(Probing()), "client.batch_size": 5, "client.buffers": buffers}
+@pytest.mark.parametrize("half", ["other points, batches and halves, and a teacher", "a schedule with gradients"])
+def test_gradients_and_teachers_see_a_batch_norm_in_its_mode(buffers: str, half: str) -> None:
+    values = {"strategy": node(HALVES[half]), "client.batch_size": 5, "client.buffers": buffers}
     exp = experiment(values, kind="batch", sizes=(20, 20, 20))
     assert visits(exp).gap() < EXACT
 
@@ -608,6 +609,11 @@ def test_hooks_do_for_several_clients_what_they_do_for_each(half: str, work: str
 def test_recipes_do_for_several_clients_what_they_do_for_each(recipe: ClientHalf) -> None:
     agree(experiment(recipes=[recipe]))
     agree(experiment({"client.drop_last": True}, recipes=[recipe], kind="average"), steps=None, epochs=2)
+
+
+def test_data_that_are_prepared_inside_of_a_step_do_not_disturb_it() -> None:
+    # Two steps use few of the examples, which stay as they are in the store; the epoch inside of them uses all.
+    assert visits(experiment({"strategy": node(Nested())}), steps=2).gap() < EXACT
 
 
 def test_labels_of_clients_with_equally_many_examples_stand_side_by_side() -> None:

@@ -32,7 +32,9 @@ def test_ratios_are_those_of_neighbouring_turns() -> None:
 
 @pytest.mark.parametrize("name", [*CASES, *CIFAR])
 def test_a_case_is_the_round_that_it_says(name: str) -> None:
-    case = {**CASES, **CIFAR}[name]
+    case = replace({**CASES, **CIFAR}[name], num_test=20)
+    if case.population is not None:
+        case = replace(case, population=2 * case.clients)  # 1,000 clients' images take seconds to draw
     exp = build(compose(case.overrides()))
     assert exp.program.clients.sizes().tolist() == [case.steps * case.batch] * case.num_clients
     assert exp.program.options.planned_steps(case.examples) == case.steps
@@ -128,7 +130,7 @@ def test_a_slice_of_the_cifar_benchmark_runs_both_loops(tmp_path: Path, monkeypa
     name = "pfl's CNN, no dropout"
     monkeypatch.setitem(CIFAR, name, replace(CIFAR[name], clients=2, population=4, steps=1, batch=2, num_test=4))
     found = cifar.a_slice(name, 1, None, 2, None, tmp_path)
-    assert [row.side for row in found] == ["one by one", "batched"]
+    assert [row.side for row in found] == ["one by one", "batched" if sides.NO_BATCHING else "batched (2)"]
     assert found[0].runs == 1
 
 

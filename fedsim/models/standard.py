@@ -170,7 +170,12 @@ class AveragePool(nn.Module):
 
     Args:
         size: Height and width of the result; also larger than those of the input.
+
+    Attributes:
+        per_channel: Every channel is treated alike and alone (`fedsim.stacked`).
     """
+
+    per_channel = True
 
     def __init__(self, size: int) -> None:
         super().__init__()
