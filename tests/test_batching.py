@@ -817,6 +817,16 @@ def test_batch_norms_agree_over_several_rounds(buffers: str, tmp_path: Path) -> 
     assert off.state_sha256 != on.state_sha256
 
 
+def test_batch_norms_of_clients_in_mid_epoch_are_trained_alone(tmp_path: Path) -> None:
+    # Epochs of 8 + 8 + 4 examples, visits of two steps, not everybody in every round: batches of 8 beside ones of 4.
+    some = {"_target_": "fedsim.clients.participation.Fraction", "fraction": 0.5}
+    values = {"participation": some, "client.epochs": None, "client.steps": 2, "rounds": 5}
+    off, on = (
+        drive(config({**values, "client.batching": n}, kind="batch", sizes=(20,) * 6), tmp_path) for n in ("off", 3)
+    )
+    assert on.state_sha256 == off.state_sha256
+
+
 @settings(deadline=None, derandomize=True, max_examples=12)
 @given(data=st.data())
 def test_any_groups_give_the_sums_of_each_client_alone(data: st.DataObject) -> None:

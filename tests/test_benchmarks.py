@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import benchmarks.__main__ as suite
-from benchmarks import cifar, common, floor, overhead, scaling, sides, table, whole
+from benchmarks import cifar, common, engines, floor, overhead, scaling, sides, table, whole
 from benchmarks.common import CASES, CIFAR, Case, Row, rows_of
 from benchmarks.models import PflCNN
 from fedsim.compose import compose
@@ -114,8 +114,20 @@ def test_whole_rounds_count_a_tenth_of_the_evaluation() -> None:
     assert notes["a"] == "round 2000.0 ms, evaluation 10000.0 ms"
 
 
-def test_targets_fall_on_the_fastest_of_one_process_and_on_two_workers() -> None:
-    seconds = {"one by one": [3.0], "batched": [2.0], whole.TWO: [1.0], whole.PFL: [4.0]}
+def test_rows_of_engines_are_compared_with_flower_by_turn() -> None:
+    found = engines.Found(beside=[0.25])
+    found.seconds.update({"inline": [4.0], "ray 2": [2.0], "flower": [6.0]})
+    found.starts.update({"fedsim": [3.0], "flower": [4.0]})
+    rows = {(row.side, row.unit): row for row in engines.table("lenet5", found)}
+    assert rows["inline", "round"].ratio == pytest.approx(4 / 6)
+    assert (rows["ray 2", "round"].ratio, rows["ray 2", "round"].target) == (0.25, engines.FLOWER["lenet5"])
+    assert rows["flower", "round"].ratio is None and ("ray 1", "round") not in rows  # what was not measured has no row
+    assert rows["fedsim", "first round"].ratio == 0.75
+
+
+def test_targets_fall_on_the_fastest_of_one_process_and_of_two_workers() -> None:
+    both = f"{whole.TWO}, batched"
+    seconds = {"one by one": [3.0], "batched": [2.0], whole.TWO: [1.0], both: [1.5], whole.PFL: [4.0]}
     assert whole.targets("lenet5", seconds) == {"batched": pytest.approx(2 / 3), whole.TWO: pytest.approx(1 / 3)}
     assert whole.targets("logreg", seconds) == {}
 
