@@ -183,10 +183,11 @@ class Lanes(Local):
         self.half = self._hooks.hooks.outer
         self._shards = [program.shard(v.client, v.part) for v in visits]
         self._sizes = [len(shard) for shard in self._shards]
-        self.n = torch.tensor(self._sizes).unsqueeze(1)
+        self.n = self._column(self._sizes)
         self._data: tuple[Tensor, Tensor] | None = None
         self._prepared = False
-        self.step = torch.zeros(len(visits), 1, dtype=torch.int64)
+        self._made = [0] * len(visits)  # `step`, for who must not wait for a GPU
+        self.step = self._column(self._made)
         self.lr = self.options.lr * self.options.lr_decay ** max(self.round - 1, 0)
         self.active = torch.ones(len(visits), 1, dtype=torch.bool, device=program.device)
         self._lr_sums = torch.zeros(len(visits), 1, dtype=torch.float64, device=program.device)
@@ -255,6 +256,10 @@ class Lanes(Local):
         """``[1, ...]`` or ``[C, ...]`` as ``[C, ...]``."""
         return t.expand(len(self._visits), *t.shape[1:]) if len(t) == 1 else t
 
+    def _column(self, numbers: Sequence[int]) -> Tensor:
+        """A number of each client, int64 ``[C, 1]``."""
+        return torch.tensor(numbers, device=self._program.device).unsqueeze(1)
+
     @property
     def lane_stats(self) -> list[Stats]:
         return self._stats
@@ -299,7 +304,7 @@ class Lanes(Local):
             planned = [v.epochs * int(e) for e in self.steps_per_epoch]
         else:
             planned = [self.options.planned_steps(n) for n in self._sizes]
-        return torch.tensor(planned).unsqueeze(1)
+        return self._column(planned)
 
     @property
     def steps_per_epoch(self) -> Any:
@@ -307,7 +312,7 @@ class Lanes(Local):
         for n in self._sizes:
             size = min(self.options.batch_size or n, n) or 1
             per.append(max(n // size, 1) if self.options.drop_last else -(-n // size))
-        return torch.tensor(per).unsqueeze(1)
+        return self._column(per)
 
     def generator(self, purpose: str, *index: int | str) -> list[torch.Generator]:
         seed = self._program.seed
@@ -315,10 +320,9 @@ class Lanes(Local):
 
     def stream_generator(self, purpose: str, *index: int | str) -> list[torch.Generator]:
         seed, name = self._program.seed, self._stream_name
-        steps = self.step[:, 0].tolist()
         return [
             random.generator(seed, purpose, "stream", name, c, s, *index)
-            for c, s in zip(self.clients, steps, strict=True)
+            for c, s in zip(self.clients, self._made, strict=True)
         ]
 
     def permutation(self, epoch: int) -> Tensor:
@@ -365,7 +369,7 @@ class Lanes(Local):
         key = purpose, self._stream_name
         if key not in self._seeds:
             self._seeds[key] = random.derive(self._program.seed, *key, "lanes", *self.clients)
-        seed = (self._seeds[key] + int(self.step[0, 0])) & 0x7FFF_FFFF_FFFF_FFFF
+        seed = (self._seeds[key] + self._made[0]) & 0x7FFF_FFFF_FFFF_FFFF
         torch.default_generator.manual_seed(seed)
         if self._cuda:
             torch.cuda.manual_seed(seed)
@@ -437,7 +441,7 @@ class Lanes(Local):
         x = batch.x
         for name in self.options.augment:
             augmentation, drawn = AUGMENTATIONS[name], []
-            steps = self.step[:, 0].tolist()
+            steps = self._made
             for i, size in enumerate(sizes):
                 g = random.generator(
                     self._program.seed, f"augment.{name}", self._stream_name, self.clients[i], steps[i]
@@ -601,7 +605,8 @@ class Lanes(Local):
         scored: list[int] = []
         moved: list[Tensor] = []
         direction: Grad = self.grad
-        self.step = torch.tensor([[lane.steps] for lane in s.lanes])
+        self._made = [lane.steps for lane in s.lanes]
+        self.step = self._column(self._made)
         while any(going := [k > 0 and lane.epoch < e for k, e, lane in zip(left, ends, s.lanes, strict=True)]):
             if hooks.schedules:
                 self.lr, self._batch = base_lr, None
@@ -651,7 +656,8 @@ class Lanes(Local):
                     for name, kept in rest.items():
                         self.buffers[name][self._resting] = kept
                 self._lr_sums += self.lr * self.active.double()
-                self.step = self.step + torch.from_numpy((real > 0).astype(np.int64)).unsqueeze(1)
+                self._made = [made + (size > 0) for made, size in zip(self._made, real.tolist(), strict=True)]
+                self.step = self.step + self.active.long()
                 counts.append(real)
                 if len(self._losses) > losses:
                     scored.append(len(counts) - 1)
