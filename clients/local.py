@@ -17,10 +17,11 @@ from torch import Tensor
 from fedsim import random
 from fedsim.clients.batch import Batch
 from fedsim.clients.ops import clip
+from fedsim.clients.optimizers import SGD
 from fedsim.clients.visit import Memory, Sent, Stats, Stream, Visit
 from fedsim.errors import ClientError
 from fedsim.network import Point
-from fedsim.program import Hooks, Program, mean_task_loss, task_loss
+from fedsim.program import Bound, Hooks, Program, mean_task_loss, task_loss
 from fedsim.strategy import ClientHalf, Grad, Model
 
 # A client's data are normalised once per visit when they are at most this large, and else batch by batch.
@@ -236,16 +237,9 @@ class Local:
         if batch is None:
             assert self._batch is not None
             batch = self._batch
-        self._seed("dropout")  # again for every gradient: all gradients of a step see the same mask
-        hooks = self._hooks if half is None else program.phase_hooks(half).bind(self)
-        at = at.contiguous()
-        if hooks.plain_loss and batch.plain:
-            # The task's own objective in one kernel; the bits of the gradient are those of the general way.
-            network.bind(at)
-            objective = mean_task_loss(network.evaluate(network.module, batch.x[0]), batch.y[0])
-        else:
-            objective = batch.objective(hooks.loss(Point(network, at), batch)).sum()
-            network.bind(at)
+        objective = self._objective(
+            at.contiguous(), batch, self._hooks if half is None else program.phase_hooks(half).bind(self)
+        )
         if self._batch is None:
             return network.gradient(objective, torch.empty_like(self.start), self._only)
         if step_batch and self._used == 0:
@@ -254,6 +248,25 @@ class Local:
             self._grads.append(torch.empty_like(self.start))
         self._used += 1
         return network.gradient(objective, self._grads[self._used - 1], self._only)
+
+    def _objective(self, at: Tensor, batch: Batch, hooks: Bound) -> Tensor:
+        """The local objective, a scalar; the network is then bound to ``at``."""
+        network = self._program.network
+        self._seed("dropout")  # again for every gradient: all gradients of a step see the same mask
+        if hooks.plain_loss and batch.plain:
+            # The task's own objective in one kernel; the bits of the gradient are those of the general way.
+            network.bind(at)
+            return mean_task_loss(network.evaluate(network.module, batch.x[0]), batch.y[0])
+        objective = batch.objective(hooks.loss(Point(network, at), batch)).sum()
+        network.bind(at)
+        return objective
+
+    def _descend(self, w: Tensor) -> None:
+        """A step of plain gradient descent, in place: the bits of the general way, without a flat gradient."""
+        assert self._batch is not None
+        objective = self._objective(w, self._batch, self._hooks)
+        self._losses.append(objective.detach())
+        self._program.network.descend(objective, self.lr)
 
     def _seed(self, purpose: str) -> None:
         """Seeds torch's own generators, for layers and hooks that draw from them, by stream, client and step."""
@@ -419,6 +432,8 @@ class Local:
         counts: list[int] = []
         scored: list[tuple[int, int]] = []
         direction: Grad = self.grad
+        descends = hooks.plain_direction and hooks.plain_update and options.clip_norm is None and still is None
+        descends = descends and options.optimizer == SGD()
         while (s.steps - first < steps) if steps is not None else (s.epoch < last_epoch):  # type: ignore[operator]
             self.step, self.lr, self._batch = s.steps, base_lr, None
             if hooks.draws:
@@ -433,14 +448,17 @@ class Local:
                 self._augment(batch)
             self._batch = hooks.batch(batch) if hooks.plain_batch else batch
             self._used = 0
-            d = direction(w) if hooks.plain_direction else hooks.direction(w, self.grad)
-            if options.clip_norm is not None:
-                d = clip(d, options.clip_norm)
-            new = self.optimizer(w, d) if hooks.plain_update else hooks.single("update", w, d)
-            if new is not w:
-                w.copy_(new)
-            if still is not None:
-                torch.where(still, before, w, out=w)  # type: ignore[arg-type]
+            if descends:
+                self._descend(w)
+            else:
+                d = direction(w) if hooks.plain_direction else hooks.direction(w, self.grad)
+                if options.clip_norm is not None:
+                    d = clip(d, options.clip_norm)
+                new = self.optimizer(w, d) if hooks.plain_update else hooks.single("update", w, d)
+                if new is not w:
+                    w.copy_(new)
+                if still is not None:
+                    torch.where(still, before, w, out=w)  # type: ignore[arg-type]
             self._lr_sum += self.lr
             s.steps += 1
             counts.append(index.shape[1])

@@ -141,6 +141,12 @@ class Network:
         """The live parameters by name, ``[1, *shape]``; differentiable."""
         return {n: p.unsqueeze(0) for n, p in zip(self.layout.names, self._params, strict=True)}
 
+    def descend(self, loss: Tensor, lr: float) -> None:
+        """Moves the bound parameters by ``-lr`` times the gradient of a scalar ``loss``, in place."""
+        grads = torch.autograd.grad(loss, self._params, allow_unused=True)
+        pairs = [(p.data, g) for p, g in zip(self._params, grads, strict=True) if g is not None]
+        torch._foreach_add_([p for p, _ in pairs], [g for _, g in pairs], alpha=-lr)
+
     def gradient(self, loss: Tensor, out: Tensor, only: Sequence[int] | None = None) -> Tensor:
         """The gradient of a scalar ``loss`` with respect to the bound parameters.
 
