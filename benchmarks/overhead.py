@@ -58,7 +58,8 @@ def plain_side(exp: Experiment, case: Case) -> Callable[[], torch.Tensor]:
     """The same round by hand."""
     program = exp.program
     train = program.dataset.train
-    inputs, labels = program.inputs(train.x), train.y.to(program.device)
+    x, labels = program.inputs(train.x), train.y.to(program.device)
+    inputs = torch.empty(x.shape, device=x.device).copy_(x)  # channels first in memory, as everybody has them
     rows = [program.shard(c).rows.to(program.device) for c in range(case.clients)]
     module = program.fresh_module()
     start = {k: v.clone() for k, v in module.state_dict().items()}

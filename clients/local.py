@@ -294,7 +294,7 @@ class Local:
             i = i % self.n
         if self._ready is not None:
             i = i if self._ready[0].device == i.device else i.to(self._ready[0].device)
-            x, y = self._ready[0].index_select(0, i), self._ready[1].index_select(0, i)
+            x, y = program.arranged(self._ready[0].index_select(0, i)), self._ready[1].index_select(0, i)
         else:
             rows = self._shard.rows.index_select(0, i).to(self._shard.x.device)
             x = program.inputs(self._shard.x.index_select(0, rows))

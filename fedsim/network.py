@@ -77,7 +77,8 @@ class Network:
         return bool(self._norms)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_bound": 0, "_bound_buffers": 0}  # addresses mean nothing elsewhere
+        kept = {k: v for k, v in self.__dict__.items() if k != "stack"}
+        return kept | {"_bound": 0, "_bound_buffers": 0}  # addresses mean nothing elsewhere
 
     @torch.no_grad()
     def reset(self, tensors: Mapping[str, Tensor]) -> None:

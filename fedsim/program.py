@@ -11,6 +11,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -260,6 +261,7 @@ class Program:
         """The same program on another build of the network; the last few are kept."""
         if model not in self._variants:
             other = copy.copy(self)
+            other.__dict__.pop("_channels_last", None)
             other._variants = {}
             with _keyed(self.seed, "variant"):
                 other._install(model(self.fresh_module()))
@@ -346,8 +348,23 @@ class Program:
     def inputs(self, x: Tensor) -> Tensor:
         """Raw inputs ``[B, ...]`` as the network takes them: uint8 images scaled and normalised."""
         if x.dtype == torch.uint8:
-            return x.to(self.device, self.dtype).mul_(self.scale).add_(self.shift)
+            return self.arranged(x.to(self.device, self.dtype).mul_(self.scale).add_(self.shift))
         return x.to(self.device, self.dtype) if x.is_floating_point() else x.to(self.device)
+
+    @cached_property
+    def _channels_last(self) -> bool:
+        """Whether images have their channels last in memory: on CPUs pooling and narrow convolutions then run on whole
+        vectors. Only where every layer is known: models may write ``x.view(len(x), -1)``, which needs them first."""
+        convolves = any(isinstance(m, nn.Conv2d) for m in self.network.module.modules())
+        return convolves and self.device.type == "cpu" and self.network.stack is not None
+
+    def arranged(self, x: Tensor) -> Tensor:
+        """Inputs ``[B, ...]``, in the order in memory that the network works in."""
+        if x.dim() != 4 or not self._channels_last:
+            return x
+        if x.shape[1] == 1:  # torch takes a single channel for first unless its stride says otherwise
+            return x.as_strided(x.shape, (x.shape[1:].numel(), 1, x.shape[3], 1)) if x.is_contiguous() else x
+        return x.contiguous(memory_format=torch.channels_last)
 
     def targets(self, y: Tensor) -> Tensor:
         """Raw labels ``[B]`` as the loss takes them."""
