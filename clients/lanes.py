@@ -20,10 +20,11 @@ from torch.func import functional_call, vmap
 from fedsim import random
 from fedsim.clients.batch import Batch
 from fedsim.clients.local import OF_A_CALL, VISIT_CACHE_BYTES, Local
+from fedsim.clients.ops import clip
 from fedsim.clients.visit import Sent, Stats, Stream, Visit
 from fedsim.errors import ClientError
 from fedsim.network import Network, map_tensors
-from fedsim.program import Hooks, Program
+from fedsim.program import Bound, Hooks, Program
 from fedsim.reduce import tensors_in
 from fedsim.strategy import ClientHalf, Grad, Model
 
@@ -334,16 +335,13 @@ class Lanes(Local):
         return LanePoint(self, self.layout.views(w), detached=True)
 
     def _grad(self, at: Tensor, batch: Batch | None, half: ClientHalf | None) -> Tensor:
-        program = self._program
         step_batch = batch is None
         if batch is None:
             assert self._batch is not None
             batch = self._batch
-        self._seed_lanes("dropout")
-        hooks = self._hooks if half is None else program.phase_hooks(half).bind(self)
+        hooks = self._hooks if half is None else self._program.phase_hooks(half).bind(self)
         at = self._lanes(at).contiguous()
-        leaves = {name: view.detach().requires_grad_() for name, view in self.layout.views(at).items()}
-        losses = batch.objective(hooks.loss(LanePoint(self, leaves), batch))
+        losses, leaves = self._objectives(at, batch, hooks)
         if self._batch is None:
             return self._gradient(losses.sum(), leaves, torch.empty_like(at))
         if step_batch and self._used == 0:
@@ -352,6 +350,21 @@ class Lanes(Local):
             self._grads.append(torch.empty_like(at))
         self._used += 1
         return self._gradient(losses.sum(), leaves, self._grads[self._used - 1])
+
+    def _objectives(self, at: Tensor, batch: Batch, hooks: Bound) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of each lane, ``[C]``, and views of ``at`` by name that it can be differentiated by."""
+        self._seed_lanes("dropout")
+        leaves = {name: view.detach().requires_grad_() for name, view in self.layout.views(at).items()}
+        return batch.objective(hooks.loss(LanePoint(self, leaves), batch)), leaves
+
+    def _descend(self, w: Tensor) -> None:
+        """As in `Local`: plain gradient descent, without a flat gradient."""
+        assert self._batch is not None
+        losses, leaves = self._objectives(w, self._batch, self._hooks)
+        self._losses.append(losses.detach())
+        grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
+        pairs = [(leaf.data, g) for leaf, g in zip(leaves.values(), grads, strict=True) if g is not None]
+        torch._foreach_add_([leaf for leaf, _ in pairs], [g for _, g in pairs], alpha=-self.lr)
 
     def _gradient(self, objective: Tensor, leaves: Mapping[str, Tensor], out: Tensor) -> Tensor:
         names = list(leaves) if self._only is None else [list(leaves)[i] for i in self._only]
@@ -605,6 +618,7 @@ class Lanes(Local):
         scored: list[int] = []
         moved: list[Tensor] = []
         direction: Grad = self.grad
+        descends = self._descends(still) and not hooks.schedules
         self._made = [lane.steps for lane in s.lanes]
         self.step = self._column(self._made)
         while any(going := [k > 0 and lane.epoch < e for k, e, lane in zip(left, ends, s.lanes, strict=True)]):
@@ -641,16 +655,17 @@ class Lanes(Local):
                 before = None if self._resting is None else w[self._resting]
                 rest = {} if before is None else {name: b[self._resting] for name, b in self.buffers.items()}
                 losses = len(self._losses)
-                d = direction(w) if hooks.plain_direction else hooks.direction(w, self.grad)
-                if options.clip_norm is not None:
-                    from fedsim.clients.ops import clip
-
-                    d = clip(d, options.clip_norm)
-                new = self.optimizer(w, d) if hooks.plain_update else hooks.single("update", w, d)
-                if new is not w:
-                    w.copy_(new)
-                if fixed is not None and still is not None:
-                    torch.where(still, fixed, w, out=w)
+                if descends:
+                    self._descend(w)
+                else:
+                    d = direction(w) if hooks.plain_direction else hooks.direction(w, self.grad)
+                    if options.clip_norm is not None:
+                        d = clip(d, options.clip_norm)
+                    new = self.optimizer(w, d) if hooks.plain_update else hooks.single("update", w, d)
+                    if new is not w:
+                        w.copy_(new)
+                    if fixed is not None and still is not None:
+                        torch.where(still, fixed, w, out=w)
                 if before is not None:
                     w[self._resting] = before
                     for name, kept in rest.items():

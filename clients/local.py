@@ -261,6 +261,11 @@ class Local:
         network.bind(at)
         return objective
 
+    def _descends(self, still: Tensor | None) -> bool:
+        """Whether a step is nothing but plain gradient descent on the parameters."""
+        plain = self._hooks.plain_direction and self._hooks.plain_update and self.options.clip_norm is None
+        return plain and still is None and self.options.optimizer == SGD()
+
     def _descend(self, w: Tensor) -> None:
         """A step of plain gradient descent, in place: the bits of the general way, without a flat gradient."""
         assert self._batch is not None
@@ -432,8 +437,7 @@ class Local:
         counts: list[int] = []
         scored: list[tuple[int, int]] = []
         direction: Grad = self.grad
-        descends = hooks.plain_direction and hooks.plain_update and options.clip_norm is None and still is None
-        descends = descends and options.optimizer == SGD()
+        descends = self._descends(still)
         while (s.steps - first < steps) if steps is not None else (s.epoch < last_epoch):  # type: ignore[operator]
             self.step, self.lr, self._batch = s.steps, base_lr, None
             if hooks.draws:
