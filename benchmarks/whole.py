@@ -27,6 +27,7 @@ from fedsim.experiment import build
 from fedsim.run import _engine
 
 PFL, TWO = "pfl-research", "two workers"
+GROUP = 5  # clients trained together: half of ten, one group for each worker
 # Parts of a CPU: the workers of two sides are there at once, though only those of one work.
 RAY = ("engine=ray", "engine.workers=2", "engine.address=auto", "engine.cpus_per_worker=0.5")
 INSTALL = "python -m venv pfl && pfl/bin/pip install torch==2.13.0 'pfl[pytorch]', then --pfl-python pfl/bin/python"
@@ -40,12 +41,12 @@ def measure(name: str, count: int, python: str | None, folder: Path) -> list[Row
     with sessions.kept(), contextlib.ExitStack() as stack:
         one = [*case.overrides(), *ONE_BY_ONE]
         sides: dict[str, Doer] = {"one by one": Ours(inline(one, folder / "one"))}
-        batched = [*case.overrides(), f"client.batching={case.clients}"]
+        batched = [*case.overrides(), f"client.batching={GROUP}"]
         if not NO_BATCHING:
             sides["batched"] = Ours(inline(batched, folder / "batched"))
         two = {TWO: one}
-        if not NO_BATCHING:  # a group for each worker
-            two[f"{TWO}, batched"] = [*case.overrides(), f"client.batching={-(-case.clients // 2)}"]
+        if not NO_BATCHING:
+            two[f"{TWO}, batched"] = batched
         for side, given in two.items():
             exp = build(compose([*given, *RAY]))
             sides[side] = Ours(Side(exp, stack.enter_context(_engine(exp)), folder / side))
