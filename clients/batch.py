@@ -35,6 +35,11 @@ class Batch(SimpleNamespace):
         self.__dict__["_keep"] = value
 
     @property
+    def plain_keep(self) -> bool:
+        """Whether nobody said which entries are real: all are."""
+        return "_keep" not in self.__dict__
+
+    @property
     def plain(self) -> bool:
         """Whether it is one client's, and its objective the plain mean over all entries."""
         return self.weight is None and "_keep" not in self.__dict__ and self.index.shape[0] == 1

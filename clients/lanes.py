@@ -1,9 +1,9 @@
 """Several clients trained as one computation: `Local` with C lanes.
 
-Hooks are the same, for they are written with the client axis first. Only the network's forward is vmapped; all else is
-ordinary tensor code over ``[C, ...]``. A lane sees the batches, learning rates and augmentations that it would see
-alone. Batches of different sizes are padded with a real example that has no weight, and a lane that has made all of
-its steps no longer moves; so the numbers are those of the one-by-one loop up to rounding, not its bits.
+Hooks are the same, for they are written with the client axis first. The network is stacked (`fedsim.stacked`) or
+vmapped; all else is ordinary tensor code over ``[C, ...]``. A lane sees the batches, learning rates and augmentations
+that it would see alone. Batches of different sizes are padded with a real example that has no weight, and a lane that
+has made all of its steps no longer moves; so the numbers are those of the one-by-one loop up to rounding, not its bits.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from fedsim import random
+from fedsim.batching import reason
 from fedsim.clients.batch import Batch
 from fedsim.clients.local import OF_A_CALL, VISIT_CACHE_BYTES, Local
 from fedsim.clients.ops import clip
-from fedsim.clients.visit import Sent, Stats, Stream, Visit
+from fedsim.clients.visit import Memory, Sent, Stats, Stream, Visit
 from fedsim.errors import ClientError
 from fedsim.network import Network, map_tensors
 from fedsim.program import Bound, Hooks, Program
@@ -30,6 +31,7 @@ from fedsim.strategy import ClientHalf, Grad, Model
 
 NEVER = 10**9  # an epoch, or a number of steps, that is not reached
 PLANNED = 256  # steps whose examples are chosen at a time: indices of all steps of a long visit would be large
+PLANNED_NUMBERS = 2**20  # examples that are chosen at a time, about
 ALONE = "train these clients one by one: client.batching=off"
 
 
@@ -54,17 +56,17 @@ def forward(network: Network, params: Mapping[str, Tensor], buffers: Mapping[str
     def call(given: dict[str, Tensor], x: Any) -> Any:
         return functional_call(network.module, given, (x,))
 
-    if shared and all(len(t) == 1 for t in buffers.values()) and not (buffers and network.module.training):
+    if shared and not buffers and not (network.mixes and network.module.training):
+        rows, width = next(t.shape[:2] for t in tensors_in(x))
         flat = map_tensors(lambda t: t.flatten(0, 1), x)  # one network for all: a larger batch
         out = network.evaluate(call, {k: t.squeeze(0) for k, t in given.items()}, flat)
-        return map_tensors(lambda t: t.view(len(t) // _width(x), -1, *t.shape[1:]), out)
+        if all(t.dim() and len(t) == rows * width for t in tensors_in(out)):
+            return map_tensors(lambda t: t.view(rows, width, *t.shape[1:]), out)
+    if all(len(t) == 1 for t in tensors_in((given, x))):
+        out = network.evaluate(call, *map_tensors(lambda t: t.squeeze(0), (given, x)))
+        return map_tensors(lambda t: t.unsqueeze(0), out)
     squeezed = map_tensors(lambda t: t.squeeze(0) if len(t) == 1 < lanes else t, (given, x))
     return network.evaluate(vmap(call, in_dims=_axes((given, x), lanes)), *squeezed)
-
-
-def _width(x: Any) -> int:
-    """Examples of a lane."""
-    return next(t.shape[1] for t in tensors_in(x))
 
 
 def _axes(tree: Any, lanes: int) -> Any:
@@ -141,10 +143,39 @@ class Steps:
     moves: Tensor
 
 
+class _PartialMemory(Memory):
+    """Memory of clients of whom only some have certain rows, which no hook may ask for then.
+
+    Args:
+        values: What all have.
+        some: Names of the other rows.
+    """
+
+    def __init__(self, values: dict[str, Tensor], some: Sequence[str]) -> None:
+        super().__init__(values)
+        object.__setattr__(self, "_some", some)
+
+    def _refuse(self, name: str) -> None:
+        if name in object.__getattribute__(self, "_some"):
+            raise ClientError(f"only some clients have memory.{name}; give its first value in `memory`, or {ALONE}")
+
+    def __getattr__(self, name: str) -> Tensor:
+        self._refuse(name)
+        return super().__getattr__(name)
+
+    def __setattr__(self, name: str, value: Tensor) -> None:
+        self._refuse(name)
+        super().__setattr__(name, value)
+
+    def __contains__(self, name: str) -> bool:
+        self._refuse(name)
+        return super().__contains__(name)
+
+
 class Lanes(Local):
     """What a hook sees of C clients that are trained together.
 
-    Differs from `Local` in that what is a number there is ``[C, 1]`` here: ``step`` and ``steps`` (int64), ``n``, and
+    Differs from `Local` in that what is a number there is float64 ``[C, 1]`` here: ``step``, ``steps``, ``n``, and
     ``lr`` where a schedule gives lanes different ones.
 
     Args:
@@ -243,6 +274,12 @@ class Lanes(Local):
                 own["private"] = self._with_known("strategy.private", self.start[:, mask])
             self.start[:, mask] = own["private"].to(self.start)
 
+    @property
+    def memory(self) -> Memory:
+        known = [name.partition(".")[2] for name in self._some if name.partition(".")[0] == self._space]
+        values = self._spaces.setdefault(self._space, {})
+        return _PartialMemory(values, known) if known else Memory(values)
+
     def _with_known(self, name: str, first: Tensor) -> Tensor:
         """First values, ``[C, ...]``, but for lanes that have the row already."""
         known = self._some.pop(name, {})
@@ -258,8 +295,8 @@ class Lanes(Local):
         return t.expand(len(self._visits), *t.shape[1:]) if len(t) == 1 else t
 
     def _column(self, numbers: Sequence[int]) -> Tensor:
-        """A number of each client, int64 ``[C, 1]``."""
-        return torch.tensor(numbers, device=self._program.device).unsqueeze(1)
+        """A number of each client, float64 ``[C, 1]``, so that sums with it are not rounded to float32."""
+        return torch.tensor(numbers, dtype=torch.float64, device=self._program.device).unsqueeze(1)
 
     @property
     def lane_stats(self) -> list[Stats]:
@@ -297,7 +334,7 @@ class Lanes(Local):
 
     @property
     def steps(self) -> Any:
-        """Steps planned for this visit, int64 ``[C, 1]``."""
+        """Steps planned for this visit, ``[C, 1]``."""
         v = self._visit
         if v.steps is not None:
             planned = [v.steps if n else 0 for n in self._sizes]
@@ -339,7 +376,7 @@ class Lanes(Local):
         if batch is None:
             assert self._batch is not None
             batch = self._batch
-        hooks = self._hooks if half is None else self._program.phase_hooks(half).bind(self)
+        hooks = self._hooks if half is None else self._of(half)
         at = self._lanes(at).contiguous()
         losses, leaves = self._objectives(at, batch, hooks)
         if self._batch is None:
@@ -350,6 +387,13 @@ class Lanes(Local):
             self._grads.append(torch.empty_like(at))
         self._used += 1
         return self._gradient(losses.sum(), leaves, self._grads[self._used - 1])
+
+    def _of(self, half: ClientHalf) -> Bound:
+        """Another half's hooks, which must be fit for several clients, too."""
+        hooks = self._program.phase_hooks(half)
+        if why := reason(self._program, hooks):
+            raise ClientError(f"{why}; {ALONE}")
+        return hooks.bind(self)
 
     def _objectives(self, at: Tensor, batch: Batch, hooks: Bound) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of each lane, ``[C]``, and views of ``at`` by name that it can be differentiated by."""
@@ -433,9 +477,24 @@ class Lanes(Local):
             batch.keep = keep
         return batch
 
+    def _with_keep(self, new: Batch, old: Batch) -> Batch:
+        """A batch that a hook made anew still says what is padding."""
+        if new is not old and not old.plain_keep and new.plain_keep:
+            if new.index.shape != old.index.shape:
+                raise ClientError(f"`batch` made a padded batch of another shape without `keep`; {ALONE}")
+            new.keep = old.keep
+        return new
+
     def take(self, index: Tensor) -> Batch:
-        """A batch of the examples numbered ``index``, ``[C, B]``; not augmented."""
+        """A batch of the examples numbered ``index``, ``[C, B]``; not augmented.
+
+        Raises:
+            IndexError: A client does not have such an example.
+        """
         self._source()
+        index = self._lanes(index)
+        if bool(((index < 0) | (index >= torch.tensor(self._sizes).unsqueeze(1))).any()):
+            raise IndexError(f"take: numbers of examples must be from 0 to n - 1, with n = {self._sizes}")
         positions = torch.from_numpy(self._offsets).unsqueeze(1) + index
         return self._batch_of(index, torch.from_numpy(self._rows)[positions], None)
 
@@ -580,7 +639,7 @@ class Lanes(Local):
         self._nested = self._lane_stream is not None
         self._grads, self._used, self._only = [], 0, None
         if half is not None:
-            self._hooks = self._program.phase_hooks(half).bind(self)
+            self._hooks = self._of(half)
         self._stream_name = stream or self.phase
         w = self._lanes(w).clone(memory_format=torch.contiguous_format)
         stream_now = self._open_lanes(self._stream_name, w)
@@ -603,7 +662,7 @@ class Lanes(Local):
         options, hooks, network, sizes = self.options, self._hooks, self.network, self._sizes
         network.train(True, frozen_norms=options.buffers == "frozen")
         base_lr = options.lr * options.lr_decay ** max(self.round - 1, 0)
-        exact = network.has_batch_norm and options.buffers != "frozen"
+        exact = network.mixes and options.buffers != "frozen"
         ends = [NEVER if epochs is None else lane.epoch + epochs for lane in s.lanes]
         left = [(NEVER if steps is None else steps) if runs and n else 0 for runs, n in zip(run, sizes, strict=True)]
         s.used.update(i for i, k in enumerate(left) if k)
@@ -632,11 +691,12 @@ class Lanes(Local):
                     self.lr = self.lr.to(w.device).expand(len(size), 1)
                 asked = torch.as_tensor(plan.get("batch_size", options.batch_size or 10**9)).expand(len(size), 1)
                 size = [min(int(b), n) or 1 for b, n in zip(asked[:, 0], sizes, strict=True)]
-            steps_now = self._plan(s, size, ends, [min(k, 1 if hooks.schedules else PLANNED) for k in left])
+            ahead = 1 if hooks.schedules else max(1, min(PLANNED, PLANNED_NUMBERS // sum(size)))
+            steps_now = self._plan(s, size, ends, [min(k, ahead) for k in left])
             if exact and any(steps_now.padded):
                 raise ClientError(
-                    f"batch norm cannot train on batches of different sizes side by side; {ALONE}, or client.drop_last="
-                    "true if the clients have equally many examples"
+                    "batch norm (or what else mixes examples) cannot train on batches of different sizes side by side; "
+                    f"{ALONE}, or client.drop_last=true if the clients have equally many examples"
                 )
             for t in range(len(steps_now.index)):
                 real = steps_now.sizes[t]
@@ -650,10 +710,11 @@ class Lanes(Local):
                 batch = self._batch_of(steps_now.index[here], steps_now.rows[here], keep)
                 if options.augment:
                     self._augment_lanes(batch, real.tolist())
-                self._batch = hooks.batch(batch) if hooks.plain_batch else batch
+                self._batch = self._with_keep(hooks.batch(batch), batch) if hooks.plain_batch else batch
                 self._used = 0
                 before = None if self._resting is None else w[self._resting]
                 rest = {} if before is None else {name: b[self._resting] for name, b in self.buffers.items()}
+                memory = {} if before is None else {name: dict(values) for name, values in self._spaces.items()}
                 losses = len(self._losses)
                 if descends:
                     self._descend(w)
@@ -670,9 +731,10 @@ class Lanes(Local):
                     w[self._resting] = before
                     for name, kept in rest.items():
                         self.buffers[name][self._resting] = kept
+                    self._rest_memory(memory)
                 self._lr_sums += self.lr * self.active.double()
                 self._made = [made + (size > 0) for made, size in zip(self._made, real.tolist(), strict=True)]
-                self.step = self.step + self.active.long()
+                self.step = self.step + self.active
                 counts.append(real)
                 if len(self._losses) > losses:
                     scored.append(len(counts) - 1)
@@ -687,6 +749,15 @@ class Lanes(Local):
                 view.copy_(self.buffers[name])
         self._account_lanes(counts, scored, moved)
         return w
+
+    def _rest_memory(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Undoes what a step assigned to the memory of lanes that rest."""
+        for space, values in self._spaces.items():
+            for key, new in values.items():
+                old = before.get(space, {}).get(key)
+                if old is not None and new is not old and self._lanes(new).shape == self._lanes(old).shape:
+                    values[key] = self._lanes(new).clone()
+                    values[key][self._resting] = self._lanes(old)[self._resting].to(new)
 
     def _account_lanes(self, counts: list[Any], scored: list[int], moved: list[Tensor]) -> None:
         """Books the steps; ``scored`` has the numbers of those whose loss was computed."""

@@ -10,7 +10,7 @@ Rules that all of them keep, and that the loop may build on:
 - State lives in a dict of tensors, client axis first, complete from `init` on: clients at different
   points of their streams can be stacked, and a lane's rows can be saved and restored alone.
 - `step` writes into ``w`` and into the state's tensors, in place and never by replacing them. So lanes
-  that have finished are left alone by stepping on a prefix: ``w[:n]``, ``{k: v[:n] for k, v in state.items()}``.
+  that have finished are left alone by saving their rows and writing them back.
 - Lanes never mix: no number of one client, its step count included, touches another's row.
 - Step counts are int64 on the CPU, whatever the device of ``w``: reading one there costs no
   synchronisation with a GPU. A count moved elsewhere still works, but is read back at every step.

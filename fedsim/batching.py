@@ -8,20 +8,22 @@ from __future__ import annotations
 import logging
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim.clients.optimizers import TorchOptimizer
 from fedsim.config import Config, num_bytes
 from fedsim.data import IntArray
 from fedsim.errors import ConfigError, one_line
+from fedsim.network import Network
 from fedsim.program import Hooks, Program, overrides
+from fedsim.reduce import tensors_in
 from fedsim.report.text import human_bytes
 from fedsim.strategy import SERVER, ClientHalf, Strategy
 
@@ -70,7 +72,7 @@ def alike(program: Program, n: int, epochs: bool) -> int | None:
         epochs: Whether visits are whole epochs, so that clients stand at equal places of their data orders.
     """
     options = program.options
-    if not program.network.has_batch_norm or options.buffers == "frozen":
+    if not program.network.mixes or options.buffers == "frozen":
         return 0
     size = options.batch_size or n
     return n if epochs or options.drop_last or n <= size or n % size == 0 else None
@@ -107,28 +109,96 @@ def together(
 
 
 def _trial(program: Program) -> str:
-    """Tries the network with two lanes; why it cannot be used so, or the empty string."""
+    """Tries the network with two clients; why it cannot be used so, or the empty string.
+
+    A layer may be wrong for several clients without an error, so numbers are compared: outputs, gradients and buffers,
+    in training and in evaluation, with those of one client at a time.
+    """
+    modules = list(program.network.module.modules())
+    names = [name for name, _ in program.network.module.named_modules(remove_duplicate=False)]
+    if len(names) > len(modules):
+        return "the model has one module under two names"
+    for m in modules:
+        if isinstance(m, nn.Embedding) and (
+            m.padding_idx is not None or m.scale_grad_by_freq or m.max_norm is not None
+        ):
+            return "an embedding with padding_idx, scale_grad_by_freq or max_norm, which torch does not batch as it is"
+    why = ""
+    for stacked in (True, False):
+        if stacked and program.network.stack is None:
+            continue
+        try:
+            with torch.random.fork_rng(devices=[]), torch.enable_grad():
+                why = _compare(program, stacked)
+        except Exception as exc:
+            why = f"the model cannot be evaluated for several clients at once ({one_line(exc)[:200]})"
+            if "randomness" in str(exc):
+                why = "the model draws random numbers (dropout), which would be others than those of a client alone"
+        if not why:
+            return ""
+        program.network.stack = None
+    return why
+
+
+def _compare(program: Program, stacked: bool) -> str:
+    """What is wrong with two clients' networks as one, tried on a copy in float64; empty: nothing.
+
+    Args:
+        program: The network and the data; learns whether the network's examples see each other.
+        stacked: Whether `fedsim.stacked` is tried, or vmap.
+    """
     from fedsim.clients.lanes import forward
 
-    network = program.network
-    x = program.inputs(program.dataset.test.x[:2])
-    x = torch.stack([x, x])
-    w = network.initial.expand(2, -1).contiguous()
-    buffers = network.initial_buffers.expand(2, -1).contiguous()
-    mode = network.mode
-    network.train(True)
-    try:
-        with warnings.catch_warnings(record=True) as said, torch.no_grad(), torch.random.fork_rng(devices=[]):
+    network = Network(program.fresh_module().double())
+    if not stacked:
+        network.stack = None
+    raw = program.inputs(program.dataset.test.x[torch.arange(6) % len(program.dataset.test)])
+    x = (raw.double() if raw.is_floating_point() else raw).view(2, 3, *raw.shape[1:])
+    noise = torch.randn(2, network.layout.d, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    w = network.initial + 0.05 * noise.to(network.device)
+
+    def buffers() -> dict[str, Tensor]:
+        first = network.buffer_layout.views(network.initial_buffers.expand(2, -1))
+        return {name: b.clone(memory_format=torch.contiguous_format) for name, b in first.items()}
+
+    for training in (True, False):
+        network.train(training)
+        leaves = {name: view.detach().requires_grad_() for name, view in network.layout.views(w).items()}
+        after, wider = buffers(), buffers()
+        with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            forward(network, network.layout.views(w), network.buffer_layout.views(buffers), x, 2)
-    except Exception as exc:
-        if "randomness" in str(exc):
-            return "the model draws random numbers (dropout), which would be others than those of a client alone"
-        return f"the model cannot be evaluated for several clients at once ({one_line(exc)[:200]})"
-    finally:
-        network.train(*mode)
-    slow = next((str(w.message) for w in said if "batching rule" in str(w.message)), "")
-    return f"the model has a layer that torch cannot batch ({slow.split(';')[0][:200]})" if slow else ""
+            out = list(tensors_in(forward(network, leaves, after, x[:, :2], 2)))
+            grads = torch.autograd.grad(_sum(out), list(leaves.values()), allow_unused=True)
+        if slow := next((str(m.message) for m in said if "batching rule" in str(m.message)), ""):
+            return f"the model has a layer that torch cannot batch ({slow.split(';')[0][:200]})"
+        with torch.no_grad():
+            padded = list(tensors_in(forward(network, leaves, wider, x, 2)))
+        for i in (0, 1):
+            own = network.initial_buffers.clone()
+            network.bind_buffers(own)
+            network.bind(w[i : i + 1].contiguous())
+            alone = list(tensors_in(network(x[i : i + 1, :2])))
+            grad = network.gradient(_sum(alone), torch.empty_like(w[:1]))[0]
+            flat = [torch.zeros_like(v) if g is None else g for v, g in zip(leaves.values(), grads, strict=True)]
+            pairs = [(a[0], b[i]) for a, b in zip(alone, out, strict=True)]
+            pairs += [(grad, torch.cat([g[i].flatten() for g in flat]))]
+            pairs += [(v, after[name][i]) for name, v in network.buffer_layout.views(own).items()]
+            if not all(_close(a, b) for a, b in pairs):
+                return "the model computes other numbers for several clients at once than for each alone"
+        same = all(_close(a, b[:, :2] if a.shape != b.shape else b) for a, b in zip(out, padded, strict=True))
+        if not same or not all(_close(after[name], wider[name]) for name in after):
+            if not training:
+                return "the examples of a batch see each other in evaluation"
+            program.network.found_mixing = True
+    return ""
+
+
+def _sum(out: Sequence[Tensor]) -> Tensor:
+    return torch.stack([t.square().sum() for t in out if t.is_floating_point()]).sum()
+
+
+def _close(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and torch.allclose(a.double(), b.double(), rtol=1e-7, atol=1e-9, equal_nan=True)
 
 
 # --- when the experiment is built ---------------------------------------------------------------------------
@@ -143,10 +213,12 @@ def resolve(config: Config, program: Program) -> int:
     asked, skips = config["client"]["batching"], config["engine"]["on_failure"] == "skip"
     if asked in ("off", 1) or asked is False:
         return 1
+    if asked == "auto" and (skips or (best := _best(program)) == 1):
+        return 1
     each, budget = lane_bytes(program), num_bytes(config["client"]["memory_budget"])
     fit = CUDA if budget is None else budget // each
     if asked == "auto":
-        return 1 if skips else max(1, min(_best(program), fit))
+        return max(1, min(best, fit))
     if skips:
         raise ConfigError(
             f"client.batching={asked} cannot leave single clients out; set client.batching=off with "
@@ -179,11 +251,15 @@ def _best(program: Program) -> int:
     layers = [m for m in modules if next(m.parameters(recurse=False), None) is not None]
     convolutions = [m for m in layers if isinstance(m, nn.Conv2d)]
     dense = not convolutions and all(isinstance(m, nn.Linear) for m in layers)
-    small = (program.options.batch_size or math.inf) <= 64
-    if dense and (program.device.type == "cuda" or (len(layers) == 1 and small)):
-        best = CUDA if program.device.type == "cuda" else DENSE
+    batch = program.options.batch_size or math.inf
+    inputs = batch * program.dataset.test.x[0].numel()
+    if dense and program.device.type == "cuda":
+        best = CUDA
+    elif dense and len(layers) == 1 and batch <= 64 and program.layout.d <= 100_000:
+        best = DENSE
     elif (
         program.device.type == "cpu"
+        and inputs <= 100_000
         and convolutions
         and program.network.stack is not None
         and max(m.out_channels for m in convolutions) <= 16
@@ -217,29 +293,20 @@ def lane_bytes(program: Program) -> int:
 
 
 def _outputs(program: Program) -> int:
-    """Numbers that all layers put out for one example."""
-    counted = [0]
+    """Numbers that all layers put out for one example, inputs included."""
+    x = program.inputs(program.dataset.test.x[torch.arange(2) % len(program.dataset.test)])
+    counted = [x.numel()]
 
     def count(module: nn.Module, args: Any, output: Any) -> None:
-        from fedsim.reduce import tensors_in
-
         counted[0] += sum(t.numel() for t in tensors_in(output))
 
-    leaves = [m for m in program.network.module.modules() if not list(m.children())]
-    handles = [m.register_forward_hook(count) for m in leaves]
-    x = program.inputs(program.dataset.test.x[:1])
-    counted[0] = x.numel()
-    network, mode = program.network, program.network.mode
-    network.train(False)
-    network.bind(network.initial)
-    try:
-        with torch.no_grad():
-            network.module(x)
-    finally:
-        network.train(*mode)
-        for handle in handles:
-            handle.remove()
-    return counted[0]
+    module = program.fresh_module().eval()
+    for m in module.modules():
+        if not list(m.children()):
+            m.register_forward_hook(count)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        module(x)
+    return -(-counted[0] // len(x))
 
 
 def remedy(program: Program, clients: int) -> str:
@@ -248,9 +315,11 @@ def remedy(program: Program, clients: int) -> str:
         return "lower client.batch_size, or use a smaller model"
     if program.device.type == "cuda":
         free = torch.cuda.mem_get_info(program.device)[0]
-    else:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    elif (meminfo := Path("/proc/meminfo")).exists():
+        lines = dict(line.split(":") for line in meminfo.read_text().splitlines())
         free = 1024 * int(lines["MemAvailable"].split()[0])
+    else:
+        free = clients // 2 * lane_bytes(program)
     fit = min(clients // 2, free // lane_bytes(program))
     return f"about {fit} would fit: set client.batching={fit}" if fit > 1 else "set client.batching=off"
 

@@ -64,6 +64,7 @@ class Network:
             )
         self._mode: tuple[bool, bool] | None = None
         self.cast: torch.dtype | None = None  # what matrices are multiplied in; None: as they are
+        self.found_mixing = False  # by trying; batch norms are known
         self._norms = [m for m in module.modules() if isinstance(m, BatchNorm)]
 
     @cached_property
@@ -72,9 +73,9 @@ class Network:
         return Stack.of(self.module)
 
     @property
-    def has_batch_norm(self) -> bool:
-        """Whether examples of a batch see each other."""
-        return bool(self._norms)
+    def mixes(self) -> bool:
+        """Whether the examples of a batch see each other in training."""
+        return bool(self._norms) or self.found_mixing
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in self.__dict__.items() if k != "stack"}

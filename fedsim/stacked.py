@@ -63,16 +63,29 @@ class Stack:
 
     @classmethod
     def of(cls, module: nn.Module) -> Stack | None:
-        """The stack of a network, or None if it has a layer that is not known here, or depends on its inputs."""
+        """The stack of a network, or None if it has a layer that is not known here, or is another one with other inputs
+        or in evaluation. What a trace cannot see (whether the numbers are right) `fedsim.batching` tries."""
+        modules = list(module.modules())
+        names = [n for n, _ in module.named_parameters(remove_duplicate=False)]
+        frozen = any(not p.requires_grad for p in module.parameters())
+        if frozen or len(names) > len(list(module.parameters())) or list(module.buffers()):
+            return None
+        if any(m._forward_hooks or m._forward_pre_hooks or m._backward_hooks for m in modules):
+            return None
+        graphs, was = [], {m: m.training for m in modules}
         try:
-            graph = _Tracer().trace(module)
+            for training in (False, True):
+                module.train(training)
+                graphs.append(_Tracer().trace(module))
         except Exception:  # whatever a forward does that symbols cannot
             return None
-        stack = cls(graph, module)
-        names = {n for n, p in module.named_parameters()}
-        frozen = any(not p.requires_grad for p in module.parameters())
-        plain = not frozen and len(names) == sum(1 for _ in module.named_parameters(remove_duplicate=False))
-        return stack if plain and not list(module.buffers()) and all(map(stack._known, stack._nodes)) else None
+        finally:
+            for m, training in was.items():
+                m.training = training
+        evaluated, trained = ([(n.op, str(n.target), str(n.args), str(n.kwargs)) for n in g.nodes] for g in graphs)
+        inputs = sum(op == "placeholder" for op, *_ in trained)
+        stack = cls(graphs[1], module)
+        return stack if evaluated == trained and inputs == 1 and all(map(stack._known, stack._nodes)) else None
 
     def _known(self, node: fx.Node) -> bool:
         if node.op in ("placeholder", "output"):

@@ -37,7 +37,6 @@ from fedsim.reduce import Entry, Reduced, mean
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategy import Grad, State, require
 
-
 N = TypeVar("N", float, Tensor)
 
 

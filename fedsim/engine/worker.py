@@ -32,7 +32,7 @@ EVAL_BATCH = 500
 
 
 class Worker:
-    """Runs tasks of one program, one client at a time.
+    """Runs tasks of one program, group after group of clients that are trained together.
 
     Args:
         program: The network, the data and the method.
@@ -114,7 +114,7 @@ class Worker:
             buffers = _buffers(program, task.sent.get("buffers"), [visit.memory for visit in visits])
             local = _local(program, visits, sent | own_sent, hooks, buffers)
             w = local._hooks.single("work")
-            if end - first > 1 and isinstance(w, Tensor) and len(w) == 1:  # what all share, such as `local.start`
+            if end - first > 1 and w is local.start:  # which they may share
                 w = w.expand(end - first, *w.shape[1:])
             _check_vector(w, local)
             # The rows are taken after `finish`, which may still assign to memory.
@@ -147,7 +147,8 @@ class Worker:
     ) -> tuple[int, Exception]:
         """Which of some clients trained together raised, and what: the first that does so alone, too."""
         known = getattr(exc, "lane", None)
-        if end - first == 1 or known is not None or _is_memory(exc):
+        told = "client.batching=off" in str(exc)
+        if end - first == 1 or known is not None or told or _is_memory(exc):
             return first + (known or 0), exc
         for i in range(first, end):
             try:
@@ -208,10 +209,11 @@ class Worker:
         tuned = program.phase_hooks(_plain(program)) if task.mode == "finetuned" else program.hooks
         size = lanes(program, tuned)
         common: list[int | None] = [0] * len(of)
-        if size > 1 and task.mode != "global":  # which may train
+        if size > 1:
             epochs = task.mode == "finetuned" or program.options.epochs is not None
+            trains = task.mode != "global"
             sizes = [len(program.shard(c)) for c in of]
-            common = [alike(program, n, epochs) if n else None for n in sizes]
+            common = [(alike(program, n, epochs) if trains else 0) if n else None for n in sizes]
         spans: list[tuple[int, int]] = []
         for i in range(len(of)):
             first, end = spans[-1] if spans else (0, 0)
@@ -236,10 +238,12 @@ class Worker:
         network.train(False)
         point = Point(network, w)
         loss, confusion = 0.0, torch.zeros(classes, classes, dtype=torch.int64)
-        for chunk in torch.split(rows, EVAL_BATCH):
+        for first in range(0, len(rows), EVAL_BATCH):
+            chunk = rows[first : first + EVAL_BATCH]
             inputs = program.inputs(x.index_select(0, chunk.to(x.device)))
             labels = program.targets(y.index_select(0, chunk.to(y.device)))
-            batch = Batch(x=inputs.unsqueeze(0), y=labels.unsqueeze(0), index=chunk.unsqueeze(0), weight=None)
+            index = torch.arange(first, first + len(chunk)).unsqueeze(0)
+            batch = Batch(x=inputs.unsqueeze(0), y=labels.unsqueeze(0), index=index, weight=None)
             outputs = local._hooks.single("predict", point, batch)[0]
             if labels.is_floating_point():
                 loss += float((outputs.view_as(labels).double() - labels).square().sum()) / 2
