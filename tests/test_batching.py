@@ -370,7 +370,7 @@ def test_batch_norms_of_finished_clients_rest() -> None:
 
 def test_batch_norms_refuse_batches_of_different_sizes() -> None:
     exp = experiment({"client.batch_size": 8}, kind="batch", sizes=(20, 12))
-    with pytest.raises(ClientError, match=r"batch norm cannot train on batches of different sizes.*batching=off"):
+    with pytest.raises(ClientError, match=r"batch norm .*cannot train on batches of different sizes.*batching=off"):
         visits(exp)
 
 
@@ -1412,3 +1412,40 @@ def test_running_out_of_memory_says_what_would_fit(n: int, said: str, tmp_path: 
         drive(config({"strategy": node(Greedy()), "client.batching": n}), tmp_path)
     assert f"out of memory with {n} clients trained together; {said}" in str(caught.value)
     drive(config({"strategy": node(Greedy()), "client.batching": 2, "rounds": 1}), tmp_path)
+
+
+# --- networks that are easily computed wrongly ------------------------------------------------------------
+
+ODD = ("Hooked", "Optional", "Alias", "Adds", "Modes", "Centred", "Width", "Padded", "Averaging")
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_odd_networks_are_right_or_alone(name: str, tmp_path: Path) -> None:
+    words = [*LOGREG, f"model._target_=tests.odd_models.{name}", "precision=float64", "rounds=2", "eval.clients=all"]
+    found = [simulate([*words, f"client.batching={n}", f"run_dir={tmp_path}/{n}"]) for n in ("off", "4")]
+    alone, together = found
+    assert not torch.equal(alone.params, torch.zeros_like(alone.params))
+    torch.testing.assert_close(together.params, alone.params, rtol=0, atol=1e-10)
+    for key in ("test_loss", "test_accuracy", "train_loss"):
+        assert together.metrics[-1][key] == pytest.approx(alone.metrics[-1][key], abs=1e-9)
+
+
+@dataclass(frozen=True)
+class Curriculum(FedAvg):
+    """Trains with a half that has an order of its own."""
+
+    def work(self, local: Local) -> Tensor:
+        return local.train(local.start, half=helpers.Weighted())
+
+
+def test_a_half_within_a_visit_is_looked_at_too(tmp_path: Path) -> None:
+    with pytest.raises(ClientError, match=r"Weighted has an `order` of its own.*client.batching=off"):
+        simulate(
+            [
+                *LOGREG,
+                "strategy._target_=tests.test_batching.Curriculum",
+                "client.batching=4",
+                "rounds=1",
+                f"run_dir={tmp_path}",
+            ]
+        )

@@ -23,6 +23,7 @@ from fedsim.rundir import read_metrics, read_summary
 from tests.crash import ROOT, Ended, Server
 
 SMALL = (
+    "client.batching=off",  # moments are those of single clients
     "data=digits",
     "model=logreg",
     "partition=iid",
