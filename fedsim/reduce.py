@@ -225,12 +225,17 @@ class Rows:
         for name, s in self._layout.blocks():
             yield name, s, self[:, s]
 
-    def combine(self, c: Tensor) -> Tensor:
-        """``sum_l c_l row_l`` with ``c`` ``[m]``, summed in the order of the reduction tree."""
-        tree = TreeSum(len(self))
+    def combine(self, c: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """``sum_l c_l row_l``, float64, summed in the order of the reduction tree.
+
+        Args:
+            c: ``[m]``; or ``[m, T]``, a coefficient for each of T blocks of columns.
+            sizes: Columns of every block.
+        """
+        tree, repeats = TreeSum(len(self)), None if sizes is None else torch.tensor(sizes)
         for i in range(len(self)):
-            row = self._row(i)
-            tree.add((0, i), (c[i].double() * row.double(),))
+            coefficient = c[i].double() if repeats is None else c[i].double().repeat_interleave(repeats)
+            tree.add((0, i), (coefficient * self._row(i).double(),))
         return tree.result()[0]
 
     def mean(self, weight: Tensor | None = None) -> Tensor:
