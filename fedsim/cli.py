@@ -330,9 +330,10 @@ def _partition(args: list[str]) -> None:
     labels, names = dataset.train.y.numpy(), dataset.class_names
     s = statistics(exp.partition, labels, len(names))
     title = f"{dataset.name}: {exp.describe()['partition']}, seed {exp.config['seed']}"
+    repeated = "" if s.num_distinct == s.num_examples else f", of which {s.num_distinct:,} are different"
     rows = [
         ["partition", title],
-        ["clients, examples", f"{s.num_clients:,}, {s.num_examples:,}"],
+        ["clients, examples", f"{s.num_clients:,}, {s.num_examples:,}{repeated}"],
         ["examples per client", f"{s.size_min:,} to {s.size_max:,}, mean {s.size_mean:.1f}, median {s.size_median:g}"],
         ["Gini of the sizes", f"{s.gini:.3f}"],
         ["classes per client", f"{s.classes_min} to {s.classes_max} of {s.num_classes}, mean {s.classes_mean:.2f}"],

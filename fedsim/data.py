@@ -107,7 +107,7 @@ class Partition:
 
     Attributes:
         offsets: ``[K + 1]``; client k owns ``indices[offsets[k]:offsets[k + 1]]``.
-        indices: Row numbers into the training split, ``[N]``.
+        indices: Row numbers into the training split, ``[N]``; an example that is at several places is there as often.
     """
 
     offsets: IntArray
@@ -124,6 +124,11 @@ class Partition:
     def sizes(self) -> IntArray:
         """Examples of every client, ``[K]``."""
         return np.diff(self.offsets)
+
+    @property
+    def repeats(self) -> bool:
+        """Whether an example is at several places, of one client or of several."""
+        return len(self.indices) > 0 and bool(np.bincount(self.indices).max() > 1)
 
     def sha256(self) -> str:
         """Hash of the content."""
@@ -147,7 +152,12 @@ class Partition:
 
 
 class Partitioner(Protocol):
-    """A rule that divides examples among clients (config group ``partition``)."""
+    """A rule that divides examples among clients (config group ``partition``).
+
+    Two optional attributes of the class say what it needs and does: ``needs_classes = True``, labels that are classes;
+    ``repeats = True``, it may give an example to several clients, or to one several times. Without the latter every
+    example belongs to one client at most, and the platform refuses a partition in which one does not.
+    """
 
     @property
     def num_clients(self) -> int | None:
@@ -163,7 +173,7 @@ class Partitioner(Protocol):
             rng: Where every random number comes from.
 
         Returns:
-            A partition of ``range(N)`` in which no client is empty.
+            Row numbers in ``range(N)`` by client, none of which is empty.
 
         Raises:
             DataError: The request cannot be met; the message has the numbers that make it so.
@@ -204,6 +214,10 @@ def hold_out(partition: Partition, fraction: float, rng: np.random.Generator) ->
     A random part of a client's examples follows that client's own distribution. Every client keeps
     at least one training example: a client of n examples holds out ``min(round(fraction * n), n - 1)``.
 
+    Copies of an example that one client has several times stay together, all in training or all held out: where the
+    cut would part them, the client holds out that many fewer. Nothing is promised between clients: where a partition
+    repeats examples, one that a client trains on may be held out by another.
+
     Args:
         partition: The whole.
         fraction: Share to hold out, in [0, 1).
@@ -218,12 +232,27 @@ def hold_out(partition: Partition, fraction: float, rng: np.random.Generator) ->
     held = np.minimum(np.rint(fraction * sizes).astype(np.int64), np.maximum(sizes - 1, 0))
     owners = np.repeat(np.arange(len(sizes)), sizes)
     # A random order inside every client: sort by (owner, random number).
-    order = np.lexsort((rng.random(len(owners)), owners))
+    draw = rng.random(len(owners))
+    first = _first_copy(owners, partition.indices) if partition.repeats else None
+    order = np.lexsort((draw, owners) if first is None else (first, draw[first], owners))
     rank = np.arange(len(owners)) - partition.offsets[:-1][owners]
     out = rank < held[owners]
+    if first is not None:
+        example = first[order]
+        out &= ~np.isin(example, example[~out])
     parts = []
     for chosen in (~out, out):
         rows, who = partition.indices[order[chosen]], owners[chosen]
         within = np.lexsort((rows, who))
         parts.append(Partition.from_owners(who[within], len(sizes), rows[within]))
     return parts[0], parts[1]
+
+
+def _first_copy(owners: IntArray, rows: IntArray) -> IntArray:
+    """For every place the first place of the same client with the same row, ``[N]``."""
+    order = np.lexsort((rows, owners))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(rows[order]) != 0) | (np.diff(owners[order]) != 0)
+    out = np.empty(len(order), dtype=np.int64)
+    out[order] = order[np.maximum.accumulate(np.where(new, np.arange(len(order)), 0))]
+    return out

@@ -263,6 +263,12 @@ def _partition(config: Config, dataset: Dataset, kept: Tensor | None, seed: int)
     labels = dataset.train.y[rows].numpy()
     keys = {name: key[rows].numpy() for name, key in dataset.keys.items()}
     part: Partition = partitioner(labels, keys, random.numpy_generator(seed, "partition"))
+    if part.repeats and not getattr(partitioner, "repeats", False):
+        times = np.bincount(part.indices)
+        raise ConfigError(
+            f"partition={_short(config['partition'])} uses {(times > 1).sum():,} examples more than once, one of them "
+            f"{times.max()} times; a partitioner that means to do so says `repeats: ClassVar = True`"
+        )
     part = replace(part, indices=rows.numpy()[part.indices])
     train, held = hold_out(part, config["partition"]["holdout"], random.numpy_generator(seed, "holdout"))
     return PartitionedClients(_move(dataset.train, config) or dataset.train, train, held), part

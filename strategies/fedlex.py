@@ -149,7 +149,7 @@ class FedLEx(FedAvg):
     parent_options: ClassVar = {}
     neutral: ClassVar = {"explore_epochs": 0, "beta": 0.0}
     exempt: ClassVar = {
-        "one_full_batch_step_is_gradient_descent": "the guidance scales the gradient, and the server takes a tenth of the step",
+        "one_full_batch_step_is_gradient_descent": "the guidance scales the gradient; the server takes a tenth",
         "loss_falls_on_two_quadratic_clients": "the guidance holds the parameter that the exploration moved least",
     }
     quick: ClassVar = {"explore_epochs": 2, "patience": 1, "explorers": 0.5}

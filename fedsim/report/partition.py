@@ -35,7 +35,8 @@ class PartitionStats:
 
     Attributes:
         num_clients: K.
-        num_examples: Examples of all clients.
+        num_examples: Examples of all clients; one that several clients have, or one client twice, counts each time.
+        num_distinct: Different ones among them.
         num_classes: C.
         size_min: Examples of the smallest client.
         size_median: Median number of examples.
@@ -53,6 +54,7 @@ class PartitionStats:
 
     num_clients: int
     num_examples: int
+    num_distinct: int
     num_classes: int
     size_min: int
     size_median: float
@@ -92,6 +94,7 @@ def statistics(partition: Partition, labels: IntArray, num_classes: int) -> Part
     return PartitionStats(
         num_clients=len(sizes),
         num_examples=int(sizes.sum()),
+        num_distinct=int((np.bincount(partition.indices) > 0).sum()),
         num_classes=num_classes,
         size_min=int(sizes.min()),
         size_median=float(np.median(sizes)),
