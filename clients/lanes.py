@@ -225,7 +225,7 @@ class Lanes(Local):
         self._lr_sums = torch.zeros(len(visits), 1, dtype=torch.float64, device=program.device)
         self.mean_loss = torch.zeros(len(visits))
         self._batch = None
-        self._grads, self._used, self._losses, self._only = [], 0, [], None
+        self._grads, self._used, self._calls, self._losses, self._only = [], 0, 0, [], None
         self._seeds = {}
         self._cuda = program.device.type == "cuda"
         self._stream, self._stream_name = None, ""
@@ -380,7 +380,10 @@ class Lanes(Local):
         at = self._lanes(at).contiguous()
         losses, leaves = self._objectives(at, batch, hooks)
         if self._batch is None:
+            for stats in self._stats:
+                stats.gradients += 1
             return self._gradient(losses.sum(), leaves, torch.empty_like(at))
+        self._calls += 1
         if step_batch and self._used == 0:
             self._losses.append(losses.detach())
         if self._used == len(self._grads):
@@ -404,6 +407,7 @@ class Lanes(Local):
     def _descend(self, w: Tensor) -> None:
         """As in `Local`: plain gradient descent, without a flat gradient."""
         assert self._batch is not None
+        self._calls += 1
         losses, leaves = self._objectives(w, self._batch, self._hooks)
         self._losses.append(losses.detach())
         grads = torch.autograd.grad(losses.sum(), list(leaves.values()), allow_unused=True)
@@ -635,7 +639,10 @@ class Lanes(Local):
             epochs, steps = self._visit.epochs, self._visit.steps
             if epochs is None and steps is None:
                 epochs, steps = self.options.epochs, self.options.steps
-        outer = {name: getattr(self, name) for name in (*OF_A_CALL, "active", "_lane_stream", "_resting", "_nested")}
+        outer = {
+            name: getattr(self, name)
+            for name in (*OF_A_CALL, "active", "_lane_stream", "_resting", "_nested", "_calls")
+        }
         self._nested = self._lane_stream is not None
         self._grads, self._used, self._only = [], 0, None
         if half is not None:
@@ -674,6 +681,7 @@ class Lanes(Local):
         fixed = w.clone() if still is not None else None
         self._losses, self.lr = [], base_lr
         counts: list[Any] = []
+        calls: list[int] = []
         scored: list[int] = []
         moved: list[Tensor] = []
         direction: Grad = self.grad
@@ -711,7 +719,7 @@ class Lanes(Local):
                 if options.augment:
                     self._augment_lanes(batch, real.tolist())
                 self._batch = self._with_keep(hooks.batch(batch), batch) if hooks.plain_batch else batch
-                self._used = 0
+                self._used = self._calls = 0
                 before = None if self._resting is None else w[self._resting]
                 rest = {} if before is None else {name: b[self._resting] for name, b in self.buffers.items()}
                 memory = {} if before is None else {name: dict(values) for name, values in self._spaces.items()}
@@ -736,6 +744,7 @@ class Lanes(Local):
                 self._made = [made + (size > 0) for made, size in zip(self._made, real.tolist(), strict=True)]
                 self.step = self.step + self.active
                 counts.append(real)
+                calls.append(self._calls)
                 if len(self._losses) > losses:
                     scored.append(len(counts) - 1)
                     moved.append(self.active[:, 0])
@@ -747,7 +756,7 @@ class Lanes(Local):
         if self._own_buffers is not None:
             for name, view in network.buffer_layout.views(self._own_buffers).items():
                 view.copy_(self.buffers[name])
-        self._account_lanes(counts, scored, moved)
+        self._account_lanes(counts, calls, scored, moved)
         return w
 
     def _rest_memory(self, before: Mapping[str, Mapping[str, Tensor]]) -> None:
@@ -759,14 +768,15 @@ class Lanes(Local):
                     values[key] = self._lanes(new).clone()
                     values[key][self._resting] = self._lanes(old)[self._resting].to(new)
 
-    def _account_lanes(self, counts: list[Any], scored: list[int], moved: list[Tensor]) -> None:
-        """Books the steps; ``scored`` has the numbers of those whose loss was computed."""
+    def _account_lanes(self, counts: list[Any], calls: list[int], scored: list[int], moved: list[Tensor]) -> None:
+        """Books the steps, with the gradients of each; ``scored`` has the numbers of those whose loss was computed."""
         if not counts:
             return
         sizes = np.stack(counts)  # [T, C]
         for i, stats in enumerate(self._stats):
             stats.steps += int((sizes[:, i] > 0).sum())
             stats.examples += int(sizes[:, i].sum())
+            stats.gradients += int((sizes[:, i] > 0) @ np.array(calls))
         if not scored:
             return
         losses = torch.where(torch.stack(moved), torch.stack(self._losses).double(), 0.0).cpu()

@@ -232,6 +232,7 @@ class Local:
             network.train(*mode)
 
     def _grad(self, at: Tensor, batch: Batch | None, half: ClientHalf | None) -> Tensor:
+        self.stats.gradients += 1
         program, network = self._program, self._program.network
         step_batch = batch is None
         if batch is None:
@@ -269,6 +270,7 @@ class Local:
     def _descend(self, w: Tensor) -> None:
         """A step of plain gradient descent, in place: the bits of the general way, without a flat gradient."""
         assert self._batch is not None
+        self.stats.gradients += 1
         objective = self._objective(w, self._batch, self._hooks)
         self._losses.append(objective.detach())
         self._program.network.descend(objective, self.lr)

@@ -128,12 +128,14 @@ class Stats:
     Attributes:
         steps: Steps made.
         examples: Examples used, repeats counted.
+        gradients: Gradients computed, each of one minibatch; a method may take several per step.
         scored: Those of them whose training loss is known.
         loss: Sum of these losses.
     """
 
     steps: int = 0
     examples: int = 0
+    gradients: int = 0
     scored: int = 0
     loss: float = 0.0
 

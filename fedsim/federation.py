@@ -55,6 +55,7 @@ class Round:
         retries: Visits that were made again because they had failed.
         steps: Local steps.
         examples: Examples processed, repeats counted.
+        gradients: Minibatch gradients computed.
         loss: Sum of training losses, phase ``train`` only.
         trained: Number of examples that they are the losses of.
         who: Clients that took part, the server left out.
@@ -68,6 +69,7 @@ class Round:
     retries: int = 0
     steps: int = 0
     examples: int = 0
+    gradients: int = 0
     loss: float = 0.0
     trained: int = 0
     who: set[int] = field(default_factory=set)
@@ -620,6 +622,7 @@ class Federation:
             booked.bytes_up += done.bytes_up
             booked.steps += done.steps
             booked.examples += done.examples
+            booked.gradients += done.gradients
             if task.phase == "train":
                 booked.trained += done.scored
                 booked.loss += done.loss

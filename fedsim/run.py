@@ -43,7 +43,7 @@ from fedsim.visits import Visits
 
 log = logging.getLogger("fedsim")
 
-TOTALS = ("bytes_down", "bytes_up", "clients", "failures", "steps", "examples")
+TOTALS = ("bytes_down", "bytes_up", "clients", "failures", "steps", "examples", "gradients")
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ class Visits:
             assert done.memory.keys() == new.memory.keys()
             for name, row in done.memory.items():
                 apart += differences(row, new.memory[name])
-            booked = [(d.steps, d.examples, d.scored, d.num_examples) for d in (done, new)]
+            booked = [(d.steps, d.examples, d.gradients, d.scored, d.num_examples) for d in (done, new)]
             assert booked[0] == booked[1]
             found.append(max(*apart, abs(done.loss - new.loss) / max(done.scored, 1)))
         assert len(made) == len(self.alone)

@@ -69,6 +69,7 @@ class Done:
         bytes_up: Bytes that it is charged.
         steps: Local steps.
         examples: Examples processed, repeats counted.
+        gradients: Minibatch gradients computed.
         scored: Those of them whose training loss was computed.
         loss: Sum of these losses.
         num_examples: Its training examples.
@@ -81,6 +82,7 @@ class Done:
     bytes_up: int = 0
     steps: int = 0
     examples: int = 0
+    gradients: int = 0
     scored: int = 0
     loss: float = 0.0
     num_examples: int = 0

@@ -133,6 +133,7 @@ class Worker:
                 memory=rows,
                 steps=stats.steps,
                 examples=stats.examples,
+                gradients=stats.gradients,
                 scored=stats.scored,
                 loss=stats.loss,
                 num_examples=n,

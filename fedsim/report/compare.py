@@ -103,6 +103,7 @@ _ESSENTIAL = 2
 _COLUMNS = (
     _Column("final.test_accuracy", "final acc %", _accuracy, 1, rank=0),
     _Column("best.test_accuracy", "best acc %", _accuracy, 1, rank=4),
+    _Column("final.validation_accuracy", "validation acc %", _accuracy, 1, rank=4),
     _Column("final.personal_accuracy_mean", "personal acc %", _accuracy, 1, rank=5),
     _Column("final.finetuned_accuracy_mean", "fine-tuned acc %", _accuracy, 1, rank=6),
     _Column("final.client_accuracy_mean", "client acc %", _accuracy, 1, rank=7),
@@ -111,7 +112,8 @@ _COLUMNS = (
     _Column("rounds", "rounds", _count, rank=9),
     _Column("totals.bytes_down", "down", human_bytes, rank=10),
     _Column("totals.bytes_up", "up", human_bytes, rank=11),
-    _Column("totals.wall_seconds", "wall", human_seconds, rank=12),
+    _Column("totals.gradients", "gradients", _count, rank=12),
+    _Column("totals.wall_seconds", "wall", human_seconds, rank=13),
 )
 
 

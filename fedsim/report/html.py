@@ -41,6 +41,7 @@ _TOTALS: dict[str, tuple[str, Callable[[float], str]]] = {
     "totals.retries": ("Done again", _count),
     "totals.steps": ("Local steps", _count),
     "totals.examples": ("Examples processed", _count),
+    "totals.gradients": ("Gradients computed", _count),
     "totals.virtual_seconds": ("Virtual time", human_seconds),
     "totals.wall_seconds": ("Wall time", human_seconds),
 }
