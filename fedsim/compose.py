@@ -245,7 +245,9 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path | None 
         if o.is_sweep_override() and not sweep:
             return _several(text, o)
         if o.key_or_group in GROUPS and not o.is_delete():
-            several = list(o.sweep_string_iterator()) if o.is_sweep_override() else None
+            several = _swept(o, config_dir) if o.is_sweep_override() else None
+            if several == []:
+                return f"'{text}' fits no option of {o.key_or_group}; `fedsim list {o.key_or_group}` shows them"
             if fault := _group_fault(o, o.value() if several is None else several, config_dir):
                 return fault
             choices.append(text if several is None else f"{o.key_or_group}={several[0]}")
@@ -262,6 +264,9 @@ def explain(error: Exception, overrides: Sequence[str], config_dir: Path | None 
             return unknown_key(key, tree, chosen, config_dir)
         if key in known and o.is_add() and not o.is_force_add():
             return f"{key} has a value already; write {key}=..., without '+'"
+    if sweep and (found := re.search(r"Could not override '([^']+)'", str(error))):
+        # Hydra first composes what the jobs have in common, without the options that are swept over.
+        return f"{found[1]} is a key of some of the options swept over only; write ++{found[1]}=..."
     return _text(error)
 
 
@@ -284,6 +289,16 @@ def _parse(overrides: Sequence[str]) -> list[Any]:
                 "brackets and quotes; text with special characters is quoted twice, such as 'name=\"a, b\"'"
             ) from exc
     return out
+
+
+def _swept(override: Any, config_dir: Path | None) -> list[str]:
+    """The options of a group that a sweep goes over."""
+    from hydra.core.override_parser.types import Glob
+
+    value = override.value()
+    if isinstance(value, Glob):
+        return value.filter(list(options(override.key_or_group, [CONF, config_dir])))
+    return list(override.sweep_string_iterator())
 
 
 def _several(text: str, o: Any) -> str:
