@@ -177,6 +177,32 @@ def test_a_job_that_fails_on_the_way_does_not_end_the_sweep(fedsim: Fedsim, tmp_
     assert len(list(tmp_path.rglob("summary.json"))) == 1
 
 
+def test_a_sweep_goes_over_the_options_that_fit_a_pattern(fedsim: Fedsim, tmp_path: Path) -> None:
+    outcome = fedsim("-m", *QUICK, "strategy=glob(fedad*)", "tracker=[]")
+    assert outcome.status == 0 and outcome.err == ""
+    found = [load(path)["strategy"]["_target_"].split(".")[-1] for path in tmp_path.rglob("config.yaml")]
+    assert sorted(found) == ["FedAdagrad", "FedAdam"]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "line"),
+    [
+        ("strategy=glob(fedx*)", "'strategy=glob(fedx*)' fits no option of strategy"),
+        ("strategy=fedprox,fedsam", "unknown key 'clients.lr'"),
+        ("strategy=glob(fedp*)", "unknown key 'clients.lr'"),
+    ],
+)
+def test_a_wrong_sweep_is_explained(sweep: str, line: str, fedsim: Fedsim) -> None:
+    assert line in fedsim("-m", *QUICK, sweep, "clients.lr=0.1").line
+
+
+def test_a_key_of_swept_options_needs_two_plus_signs(fedsim: Fedsim, tmp_path: Path) -> None:
+    sweep = ("-m", *QUICK, "strategy=fedavgm,fedsam", "tracker=[]")
+    assert fedsim(*sweep, "strategy.server_lr=0.5").line.endswith("write ++strategy.server_lr=...")
+    assert fedsim(*sweep, "++strategy.server_lr=0.5").status == 0
+    assert {load(path)["strategy"]["server_lr"] for path in tmp_path.rglob("config.yaml")} == {0.5}
+
+
 # --- a user's own -----------------------------------------------------------------------------------------
 
 MODULE = """

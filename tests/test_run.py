@@ -326,6 +326,12 @@ def test_clients_csv_can_be_computed_by_hand(go: Callable[..., Result]) -> None:
     assert final["test_accuracy"] == pytest.approx(float((out.argmax(1) == data.y).double().mean()))
 
 
+def test_every_gradient_of_a_step_is_counted(go: Callable[..., Result], drawn: list[Path]) -> None:
+    for batching in ("off", "2"):
+        totals = go("strategy=fedsam", f"client.batching={batching}").summary["totals"]
+        assert totals["gradients"] == 2 * totals["steps"] > 0
+
+
 def test_the_summary_says_what_happened(go: Callable[..., Result], drawn: list[Path]) -> None:
     result = go("seed=3")
     s, records = result.summary, result.metrics
@@ -333,7 +339,7 @@ def test_the_summary_says_what_happened(go: Callable[..., Result], drawn: list[P
     assert s["status"] == "finished" and s["rounds"] == 6 and s["seed"] == 3 and s["stopped"] is None
     totals = s["totals"]
     assert totals["clients"] == 6 * 3 == sum(r["clients"] for r in records)
-    assert totals["steps"] == 6 * 3 * 2 and totals["failures"] == 0
+    assert totals["steps"] == totals["gradients"] == 6 * 3 * 2 and totals["failures"] == 0
     assert totals["bytes_down"] == totals["bytes_up"] == 4 * s["num_parameters"] * 18
     assert totals["bytes_down"] == sum(r["bytes_down"] for r in records)
     assert totals["virtual_seconds"] == records[-1]["virtual_seconds"]
