@@ -1,6 +1,6 @@
 """FedCM: every local step mixes in the direction of the last round, a momentum that clients share.
 
-Source: Xu et al., 2021, Algorithm 2, https://arxiv.org/abs/2106.10874.
+Source: Xu et al., 2021, https://arxiv.org/abs/2106.10874; read from the code of FedSpeed's authors.
 Departures:
     1. The momentum of a client is ``-delta / (sum of the rates used)``, the paper's ``-delta / (K eta_l)`` for a
        constant rate and equal clients; clients that do more steps do not count more for it.

@@ -13,6 +13,8 @@ Departures:
     4. An epoch's loss is its mean; the official code looks at the last minibatch.
     5. The local rate follows ``client.lr`` and ``client.lr_decay``; the official code uses the server's schedule.
     6. Statistics of batch norms are averaged as in FedAvg; the official code does not aggregate them.
+    7. Spreads are scaled by their minimum and maximum; the official code can also take median and quartiles, which
+       gives factors below 0, and ascent there.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fedsim.clients.local import Local
+from fedsim.clients.optimizers import TorchOptimizer
 from fedsim.clients.visit import ClientOptions
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation
@@ -83,6 +86,15 @@ def guidance(spread: Tensor, layout: Layout) -> Tensor:
     return out
 
 
+def weight_decay(options: ClientOptions) -> tuple[str, float]:
+    """Weight decay of the local optimizer, and the config key that sets it; of classes of torch.optim their own."""
+    optimizer = options.optimizer
+    if not isinstance(optimizer, TorchOptimizer):
+        return "client.weight_decay", getattr(optimizer, "weight_decay", 0.0)
+    built = optimizer.factory([torch.zeros(shape, requires_grad=True) for shape in optimizer.shapes], lr=options.lr)
+    return "client.optimizer.weight_decay", max(group.get("weight_decay", 0.0) for group in built.param_groups)
+
+
 def choose_explorers(fed: Federation, share: float) -> list[int]:
     """A share of all clients, at least one, chosen uniformly; in id order."""
     count = max(1, round(share * fed.num_clients))
@@ -137,7 +149,7 @@ class FedLEx(FedAvg):
         patience: Epochs without a lower loss after which an explorer stops.
         beta: Damping of the server's momentum, in [0, 1); 0 takes FedAvg's step.
         apply: What the guidance multiplies: the gradient (``grad``), or the optimizer's step (``update``), which is
-            another thing under momentum, Adam and weight decay.
+            another thing under Adam, clipping and weight decay, and under momentum where the guidance changes.
         guidance_scope: ``all``: one guidance, from all explorers; ``participants``: after each round, from its clients.
         sequential: Explorers train one model one after another, as in the official code.
         base_epochs: Epochs on the first explorer's data that come before, in the model that explorers start from.
@@ -181,11 +193,11 @@ class FedLEx(FedAvg):
             )
 
     def check_client(self, options: ClientOptions) -> None:
-        decay = getattr(options.optimizer, "weight_decay", 0.0)
+        key, decay = weight_decay(options)
         if self.apply == "grad" and self.explore_epochs and decay:
             raise ConfigError(
-                f"client.weight_decay={decay:g} would move parameters that the guidance holds: set "
-                "strategy.apply=update, which holds them against the whole step, or client.weight_decay=0"
+                f"{key}={decay:g} would move parameters that the guidance holds: set "
+                f"strategy.apply=update, which holds them against the whole step, or {key}=0"
             )
 
     def init(self, info: Info, w: Tensor) -> GuidedState:
@@ -197,8 +209,9 @@ class FedLEx(FedAvg):
         who = choose_explorers(fed, self.explorers)
         base = state.w
         if self.base_epochs:
+            half = FedAvg(weights="uniform")  # a client without examples weighs nothing else
             sent = {"w": base}
-            answer = fed.train(who[:1], None, half=ClientHalf(), send=sent, epochs=self.base_epochs, phase="base")
+            answer = fed.train(who[:1], None, half=half, send=sent, epochs=self.base_epochs, phase="base")
             base = (base + answer["delta"]).to(base)
         own = self.guidance_scope == "participants"
         spread, explored = explore(

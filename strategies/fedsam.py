@@ -1,7 +1,7 @@
 """FedSAM: local steps along the gradient at a point perturbed towards higher loss.
 
-Source: Qu et al., 2022, Algorithm 1, https://arxiv.org/abs/2206.02618.
-Departures: none known. The perturbation is ``rho g / (|g| + 1e-7)``; the 1e-7 is from the code of FedSpeed's authors.
+Source: Qu et al., 2022, https://arxiv.org/abs/2206.02618; read from the code of FedSpeed's authors.
+Departures: none known. The perturbation is ``rho g / (|g| + 1e-7)``; the 1e-7 is that code's.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Departures:
     1. The global perturbation is ``s = rho * unit(mean of the cohort's mu_i)``, as in the authors' code; the paper
        takes each client's last perturbation off its ``mu_i`` first, which the code leaves out as small.
     2. The dual is kept and averaged as in `FedDyn` (``dual``): with ``rho=0`` this is that method, to the bit.
-    3. The code clips the whole direction to a norm of 10: here ``client.clip_norm``.
+    3. The code clips ``grad + alpha (h - start)`` to a norm of 10 and adds ``alpha w`` afterwards: here
+       ``client.clip_norm`` bounds the whole direction, and nothing does by default.
 """
 
 from __future__ import annotations

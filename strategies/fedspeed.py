@@ -95,7 +95,8 @@ class FedSpeed(Strategy):
         return {"h": torch.zeros_like(local.start)}
 
     def broadcast(self, state: DualState) -> dict[str, Any]:
-        return {"w": state.w if self.dual_kept == "client" else sized(state.w, 2 * 4 * len(state.w))}
+        sent_down = self.dual_kept == "server" and self.dual != "off"  # a dual that is 0 for ever is not sent
+        return {"w": sized(state.w, 2 * 4 * len(state.w)) if sent_down else state.w}
 
     def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
         g = grad(w)

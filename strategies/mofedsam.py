@@ -1,7 +1,8 @@
 """MoFedSAM: FedCM whose gradient is taken at a perturbed point.
 
-Source: Qu et al., 2022, Algorithm 2, https://arxiv.org/abs/2206.02618.
-Departures: those of FedCM; the paper's beta is ``alpha`` here, as there.
+Source: Qu et al., 2022, https://arxiv.org/abs/2206.02618; read from the code of FedSpeed's authors, where the
+weight of the gradient is called ``alpha`` as well.
+Departures: those of FedCM.
 """
 
 from __future__ import annotations

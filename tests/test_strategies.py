@@ -527,7 +527,7 @@ def test_a_method_s_page_agrees_with_its_module_and_config(strategy: str) -> Non
     module = importlib.import_module(config["_target_"].rpartition(".")[0]).__doc__ or ""
     table = re.findall(r"^\| `(\w+)` \| `([^`]*)` \|", page, re.MULTILINE)
     assert {k: yaml.safe_load(v) for k, v in table} == {k: v for k, v in config.items() if k != "_target_"}
-    assert re.findall(r"arxiv.org/abs/[\d.]+\d", module)[0] in page
+    assert re.findall(r"arxiv\.org/abs/[\d.]+\d|doi\.org/[\w./-]+\w", module)[0] in page
     section = page.split("## Departures")[1].split("## ")[0]
     assert len(re.findall(r"^\d\. ", section, re.MULTILINE)) == len(re.findall(r"^ {4}\d\. ", module, re.MULTILINE))
     assert ("None known" in section) == ("Departures: none known" in module)
