@@ -1,14 +1,14 @@
 """Chooses each method's learning rate and main parameter, for the comparison ``methods_fashion_mnist``.
 
     python -m benchmarks.methods grid runs/grid [method ...] [data.root=<folder>]
-    python -m benchmarks.methods choose runs/grid
+    python -m benchmarks.methods choose runs/grid [method ...] [data.root=<folder>]
 
 ``grid`` runs a sweep per method, on one seed and one alpha; ``choose`` prints what came out, and writes the best
 settings as presets, conf/experiment/methods_fashion_mnist_<method>.yaml.
 
 Every method has the same three learning rates, and two values of one parameter of its own. A setting is judged by the
-mean validation accuracy of the evaluations in its last ten rounds; of equals the first one is taken. Its seed is not
-one of the comparison's.
+mean validation accuracy of the evaluations in its last ten rounds; of equals the first one is taken. It must also
+finish at the comparison's other alpha, or the next one is taken. The seed is not one of the comparison's.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROOT = Path(__file__).parents[1]
 PRESET = "methods_fashion_mnist"
 LRS = (0.03, 0.1, 0.3)
 LAST = 10  # rounds
-SEED, ALPHA, ROUNDS = 100, 0.1, 40
+SEED, ALPHA, OTHER_ALPHA, ROUNDS = 100, 0.1, 0.6, 40
 # The values of each method's main parameter, and what else is fixed.
 GRID: dict[str, tuple[str | None, tuple[float, ...]]] = {
     "fedavg": (None, ()),
@@ -51,19 +51,23 @@ def grid(folder: Path, methods: list[str], options: list[str]) -> None:
     for method in methods or GRID:
         parameter, values = GRID[method]
         swept = [f"strategy.{parameter}={','.join(map(str, values))}"] if parameter else []
-        fixed = [f"strategy.{k}={v}" for k, v in FIXED.get(method, {}).items()]
-        setting = [f"seed={SEED}", f"partition.alpha={ALPHA}", f"rounds={ROUNDS}", "data.max_test=500"]
-        where = [f"run_dir={folder}", f"name={method}", "tracker=jsonl"]
-        command = ["-m", f"experiment={PRESET}", f"strategy={method}", f"client.lr={','.join(map(str, LRS))}"]
+        rates = f"client.lr={','.join(map(str, LRS))}"
         # A setting that diverges ends with an error; the others go on.
-        everything = [*command, *swept, *fixed, *setting, *where, *options]
-        done = subprocess.run([sys.executable, "-m", "fedsim.cli", *everything], check=False)
-        print(f"{method}: status {done.returncode}", flush=True)
+        status = _fedsim(method, folder, "-m", f"partition.alpha={ALPHA}", rates, *swept, f"name={method}", *options)
+        print(f"{method}: status {status}", flush=True)
 
 
-def choose(folder: Path) -> None:
-    """Prints every setting, and writes the best one of each method as a preset."""
-    for method, (parameter, _) in GRID.items():
+def _fedsim(method: str, folder: Path, *options: str) -> int:
+    fixed = [f"strategy.{k}={v}" for k, v in FIXED.get(method, {}).items()]
+    setting = [f"experiment={PRESET}", f"strategy={method}", f"seed={SEED}", f"rounds={ROUNDS}", "data.max_test=500"]
+    command = [sys.executable, "-m", "fedsim.cli", *setting, *fixed, f"run_dir={folder}", "tracker=jsonl", *options]
+    return subprocess.run(command, check=False).returncode
+
+
+def choose(folder: Path, methods: list[str], options: list[str]) -> None:
+    """Prints every setting, and writes the best one of each method that also finishes at the other alpha."""
+    for method in methods or GRID:
+        parameter = GRID[method][0]
         found: list[tuple[float, float, float | None]] = []
         for run in sorted((folder / method).iterdir()):
             config = yaml.safe_load((run / "config.yaml").read_text())
@@ -75,8 +79,15 @@ def choose(folder: Path) -> None:
         found.sort(key=lambda f: (-f[0], LRS.index(f[1]), grid_order.index(f[2]) if f[2] is not None else 0))
         for score, lr, value in found:
             own = "" if parameter is None else f"  {parameter}={value}"
-            print(f"{method:10} {100 * score:6.2f} %  lr={lr}{own}")
-        _write(method, parameter, *found[0][1:])
+            print(f"{method:10} {100 * score:6.2f} %  lr={lr}{own}", flush=True)
+        for _, lr, value in found:
+            own = "" if parameter is None else f"strategy.{parameter}={value}"
+            where = f"partition.alpha={OTHER_ALPHA}", f"name={method}-{OTHER_ALPHA}"
+            if _fedsim(method, folder, *where, f"client.lr={lr}", *filter(None, [own]), *options) == 0:
+                print(f"{method}: lr={lr} {own}", flush=True)
+                _write(method, parameter, lr, value)
+                break
+            print(f"{method}: lr={lr} {own} does not finish at alpha {OTHER_ALPHA}", flush=True)
 
 
 def _score(records: list[dict[str, Any]]) -> float:
@@ -104,15 +115,12 @@ def _write(method: str, parameter: str | None, lr: float, value: float | None) -
 
 
 def main() -> None:
-    """``grid <folder> [method ...] [key=value ...]`` or ``choose <folder>``."""
+    """``grid <folder> [method ...] [key=value ...]``, and then ``choose`` with the same."""
     if len(sys.argv) < 3 or sys.argv[1] not in ("grid", "choose"):
         sys.exit(__doc__)
-    folder = Path(sys.argv[2])
-    if sys.argv[1] == "grid":
-        methods = [word for word in sys.argv[3:] if "=" not in word]
-        grid(folder, methods, [word for word in sys.argv[3:] if "=" in word])
-    else:
-        choose(folder)
+    folder, words = Path(sys.argv[2]), sys.argv[3:]
+    stage = grid if sys.argv[1] == "grid" else choose
+    stage(folder, [word for word in words if "=" not in word], [word for word in words if "=" in word])
 
 
 if __name__ == "__main__":

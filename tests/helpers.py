@@ -154,6 +154,7 @@ def drive(config: Config, folder: Path, resume: Path | None = None) -> Run:
         run = RunDir.open(resume)
     with run.lock(), _engine(exp) as engine:
         driver = Driver(exp, run, engine)
+        driver._draw = lambda summary: None  # type: ignore[method-assign] # pictures take longer than a small run
         return Run(driver, driver.run())
 
 
