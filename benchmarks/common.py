@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -195,7 +195,7 @@ def rows_of(
     return out
 
 
-def alternate(sides: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def alternate(sides: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """Seconds of each side, run in turns; the first turn warms up and is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(repeats + 1):

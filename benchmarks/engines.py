@@ -226,12 +226,12 @@ def report(model: str, found: Found) -> None:
         print(aim("ms of two workers' round beyond compute", beyond, OVERHEAD_MS, beyond <= OVERHEAD_MS))
     if beside:
         cold, kept = (ratio(starts, name, "flower") for name in ("fedsim", "fedsim, kept cluster"))
-        for what, share, limit in (
+        for what, found_share, most in (
             ("two workers' round over Flower's", statistics.median(beside), FLOWER[model]),
             ("first round over Flower's", cold, COLD),
             ("first round on a kept cluster over Flower's cold one", kept, KEPT),
         ):
-            print(aim(what, share, limit, share <= limit))
+            print(aim(what, found_share, most, found_share <= most))
     if found.versions:
         print(f"  Flower's side: {', '.join(f'{name} {version}' for name, version in found.versions.items())}")
     sys.stdout.flush()

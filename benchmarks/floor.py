@@ -71,7 +71,7 @@ def _of(name: str, layer: nn.Module, x: Tensor, first: bool) -> list[Product]:
         backward += [] if first else [Product(f"{name} input", flops, lambda: g @ w)]
         return [Product(f"{name} forward", flops, lambda: x @ w.t()), *backward]
     own = (layer.stride, layer.padding, layer.dilation)
-    forward = Product(f"{name} forward", flops, lambda: torch.conv2d(x, w, None, *own, layer.groups))
+    forward = Product(f"{name} forward", flops, lambda: torch.conv2d(x, w, None, *own, layer.groups))  # type: ignore[arg-type]
     mask = (not first, True, False)
     backwards = torch.ops.aten.convolution_backward
     run = lambda: backwards(g, x, w, None, *own, False, (0, 0), layer.groups, mask)  # noqa: E731

@@ -71,10 +71,10 @@ def plain_side(exp: Experiment, case: Case) -> Callable[[], torch.Tensor]:
             module.train()
             optimizer = torch.optim.SGD(module.parameters(), lr=case.lr)
             order = torch.randperm(len(mine), generator=random.generator(0, "order", "train", client, 0))
-            for index in mine[order.to(mine.device)].split(case.batch):
+            for index in mine[order.to(mine.device)].split(case.batch):  # type: ignore[no-untyped-call]
                 loss = F.cross_entropy(module(inputs[index]), labels[index])
                 optimizer.zero_grad()
-                loss.backward()
+                loss.backward()  # type: ignore[no-untyped-call]
                 optimizer.step()
             for k, v in module.state_dict().items():
                 total[k] += v * len(mine)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -75,7 +75,7 @@ def workers(turns: int, folder: Path, counts: Sequence[int] = (1, 2)) -> list[Ro
 
 def _compared(
     case: str,
-    sides: dict[str, Callable[[], object]],
+    sides: Mapping[str, Callable[[], object]],
     turns: int,
     unit: str = "round",
     divide: dict[str, int] | None = None,

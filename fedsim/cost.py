@@ -17,6 +17,7 @@ from fedsim.memory import Memory
 from fedsim.random import numpy_generator
 from fedsim.reduce import tensors_in
 from fedsim.report.text import align, human_bytes
+from fedsim.strategy import Strategy
 
 
 def estimate(exp: Experiment) -> dict[str, Any]:
@@ -77,6 +78,9 @@ def report(exp: Experiment) -> str:
         ["model", human_bytes(e["model_bytes"])],
         ["dry run", "nothing was trained and nothing was written"],
     ]
+    kind = type(exp.program.strategy)
+    if kind.prepare is not Strategy.prepare or kind.finalize is not Strategy.finalize:
+        rows.append(["not counted", "what the method does before round 1 and after the last"])
     return align(rows, left=2)
 
 

@@ -75,7 +75,7 @@ class Progress:
         round_num: Rounds done.
         state: The strategy's state.
         cohort: Clients that took part in the latest round.
-        totals: Sums over all rounds.
+        totals: Sums over all rounds, and ``bytes_before``: sent either way before round 1.
         wall_seconds: Time spent, earlier processes included.
         best: The best evaluation so far, with ``by`` and ``round``.
         patience: Evaluations since the validation loss was best.
@@ -88,7 +88,7 @@ class Progress:
     round_num: int = 0
     state: Any = None
     cohort: list[int] = field(default_factory=list)
-    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*TOTALS, "retries"), 0))
+    totals: dict[str, int] = field(default_factory=lambda: dict.fromkeys((*TOTALS, "bytes_before", "retries"), 0))
     wall_seconds: float = 0.0
     best: dict[str, Any] = field(default_factory=dict)
     patience: int = 0
@@ -345,6 +345,8 @@ class Driver:
         """Books what the round did."""
         for name in TOTALS:
             self.progress.totals[name] += getattr(self.fed.done, name)
+        if self.fed.round_num == 0:
+            self.progress.totals["bytes_before"] = self.fed.done.bytes_down + self.fed.done.bytes_up
         assert self._visits is not None
         self._visits.add(self.fed.done.visits)
 

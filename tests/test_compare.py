@@ -228,6 +228,11 @@ def test_rounds_and_bytes_until_the_first_evaluation_at_the_target(tmp_path: Pat
     assert shown["rounds to 90 %"] == "4 ± 1.414" and shown["bytes to 90 %"] == "5.9 KiB ± 2.1 KiB"
 
 
+def test_bytes_until_the_target_count_what_was_sent_before_round_1(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "a", 1, records=rounds([0.1, 0.9]), totals={"bytes_before": 700})
+    assert compare([run], 0.9).rows[0].stats["bytes_to"].mean == 2 * 1500 + 700
+
+
 def test_seeds_that_never_reach_the_target_are_said(tmp_path: Path) -> None:
     runs = [make_run(tmp_path / f"r{s}", s, records=rounds([0.1, a])) for s, a in ((1, 0.8), (2, 0.5), (3, 0.8))]
     header, cells = texts(compare(runs, 0.75))

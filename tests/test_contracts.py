@@ -117,6 +117,7 @@ def test_a_phase_has_its_own_half_payload_and_stream(tmp_path: Path) -> None:
     assert run.driver.progress.totals["bytes_down"] == 4 * d * (7 + cohort)
     assert run.driver.progress.totals["bytes_up"] == 4 * d * (7 + cohort)
     assert run.records[0]["bytes_up"] == 4 * d * cohort  # a phase before round 1 is in the totals only
+    assert run.driver.progress.totals["bytes_before"] == 2 * 4 * d * 7
 
 
 def test_a_phase_may_remember_without_training(tmp_path: Path) -> None:

@@ -351,8 +351,11 @@ def _row(members: Group, target: float | None) -> Row:
 
 
 def _reached(run: Run, target: float) -> tuple[int, int] | None:
-    """Round of the first evaluation at the target, and bytes sent until then, down and up; None: never."""
-    sent = 0
+    """Round of the first evaluation at the target, and bytes sent until then, down and up; None: never.
+
+    What was sent before round 1 counts, too, once the run is finished.
+    """
+    sent = int(run.numbers().get("totals.bytes_before", 0))
     for record in run.records:
         sent += (record.get("bytes_down") or 0) + (record.get("bytes_up") or 0)
         accuracy = record.get("test_accuracy")

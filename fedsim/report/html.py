@@ -36,6 +36,7 @@ def _count(value: float) -> str:
 _TOTALS: dict[str, tuple[str, Callable[[float], str]]] = {
     "totals.bytes_down": ("Sent to clients", human_bytes),
     "totals.bytes_up": ("Sent by clients", human_bytes),
+    "totals.bytes_before": ("Sent before round 1", human_bytes),
     "totals.clients": ("Clients trained", _count),
     "totals.failures": ("Failures", _count),
     "totals.retries": ("Done again", _count),
