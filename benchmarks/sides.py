@@ -128,7 +128,7 @@ class Peer:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._process.args}: ended with status {self._process.wait()}")
+            raise SystemExit(f"{self._process.args!r}: ended with status {self._process.wait()}")
         return json.loads(line)[what]
 
     def _asked(self, what: str) -> float:
