@@ -42,7 +42,7 @@ GRID: dict[str, tuple[str | None, tuple[float, ...]]] = {
     "fedld": ("lam", (0.1, 0.03)),
     "fedlex": ("beta", (0.9, 0.0)),
 }
-# FedLEx: a fifth of the clients explores, for 20 epochs at most. FedSpeed: the bound that all methods have, not its own.
+# FedLEx: a fifth of the clients explores, for 20 epochs at most. FedSpeed: the bound of all methods, not its own.
 FIXED: dict[str, dict[str, Any]] = {
     "fedlex": {"explorers": 0.2, "explore_epochs": 20, "patience": 5},
     "fedspeed": {"clip": "none"},
