@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +39,13 @@ TOGETHER = pytest.mark.parametrize("batching", ["off", 3])
 
 
 @pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Driver, "_draw", lambda *_: None)  # most of the time of a small run
+def _quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No pictures, which take most of the time of a small run, and one thread, as in the runs."""
+    monkeypatch.setattr(Driver, "_draw", lambda *_: None)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def run(strategy: str, tmp_path: Path, **values: Any) -> Run:
@@ -195,11 +201,11 @@ TRACE = {"recipe": {"trace": {"_target_": "tests.test_sharpness.Trace"}}}
 @pytest.mark.parametrize("strategy", SHARP)
 def test_a_client_s_perturbation_has_the_length_rho(strategy: str, batching: Any, tmp_path: Path) -> None:
     POINTS.clear()
-    done = run(strategy, tmp_path, rounds=3, strategy__rho=RHO, client__batching=batching, **UNEQUAL, **TRACE)
+    done = run(strategy, tmp_path, rounds=2, strategy__rho=RHO, client__batching=batching, **UNEQUAL, **TRACE)
     lengths = []
     for (_, moves, w), (_, _, other) in zip(POINTS[::2], POINTS[1::2], strict=True):
         lengths += (other - w).norm(dim=1)[moves].tolist()
-    assert len(lengths) == done.driver.progress.totals["steps"] == 3 * 2 * sum(SIZES)
+    assert len(lengths) == done.driver.progress.totals["steps"] == 2 * 2 * sum(SIZES)
     assert any(len(clients) > 1 for clients, _, _ in POINTS) == (batching != "off")
     # 1e-7 in the divisor: the vectors that are normalised here are longer than 0.02.
     torch.testing.assert_close(torch.tensor(lengths), torch.full((len(lengths),), RHO), rtol=5e-6, atol=0)
