@@ -381,6 +381,12 @@ class TorchOptimizer:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_live": None}  # a cache does not travel
 
+    @property
+    def weight_decay(self) -> float:
+        """The largest weight decay of its parameter groups; 0 if it knows none."""
+        built = self.factory([torch.zeros(shape, requires_grad=True) for shape in self.shapes], lr=1.0)
+        return max(float(group.get("weight_decay", 0.0)) for group in built.param_groups)
+
     def init(self, w: Tensor) -> State:
         """An empty state: torch makes its own at the first step.
 

@@ -6,11 +6,12 @@ draws ``q_k ~ Dir(alpha, ..., alpha)`` over classes, and every one of its ``floo
 same row of examples starts again. So an example can be at several places, of several clients or of one, and another
 at none; within a class the numbers of places differ by at most one.
 
-As in that code, ``N - K floor(N / K)`` places fewer than examples are filled if K does not divide N.
-
 Departures:
     1. Places are filled in a uniformly random order. The order is no matter for the mixtures; it decides who shares
        an example with whom.
+    2. If K does not divide N, ``N - K floor(N / K)`` places fewer than examples are filled; the official code gives
+       these places to the first client.
+    3. A place whose class is used up takes an example of the refilled class; the official code draws its class again.
 """
 
 from __future__ import annotations

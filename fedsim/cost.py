@@ -42,7 +42,7 @@ def estimate(exp: Experiment) -> dict[str, Any]:
         fed = Federation(program, engine, exp.participation, exp.system, Memory(Path("unused")))
         fed.begin_round(1)
         client = cohort[0]
-        down = fed.cost_down(state, client)
+        down, later = fed.cost_down(state, client)
         unicast = fed.unicast(state, (client,))
         task = Task((client,), (1,), fed.payload(state), 1, memory=({},), unicast=unicast, steps=1)
         outcome = Worker(program).run(task)
@@ -52,13 +52,15 @@ def estimate(exp: Experiment) -> dict[str, Any]:
     up = outcome.done[0].bytes_up
     kept = sum(t.numel() * t.element_size() for t in tensors_in(outcome.done[0].memory))
     size = program.layout.d * program.layout.dtype.itemsize
+    population = len(program.clients)
+    newcomers = population * (1 - (1 - len(cohort) / population) ** rounds)  # expected clients that take part at all
     return {
         "cohort": len(cohort),
         "steps": round(steps),
         "bytes_down": down * len(cohort),
         "bytes_up": up * len(cohort),
         "total_steps": round(steps) * rounds,
-        "total_bytes_down": down * len(cohort) * rounds,
+        "total_bytes_down": later * len(cohort) * rounds + round((down - later) * newcomers),
         "total_bytes_up": up * len(cohort) * rounds,
         "memory_per_client": kept,
         "model_bytes": size,
@@ -80,7 +82,7 @@ def report(exp: Experiment) -> str:
     ]
     kind = type(exp.program.strategy)
     if kind.prepare is not Strategy.prepare or kind.finalize is not Strategy.finalize:
-        rows.append(["not counted", "what the method does before round 1 and after the last"])
+        rows.append(["not counted", "what the method does before round 1 or after the last"])
     return align(rows, left=2)
 
 

@@ -484,12 +484,15 @@ class Federation:
         """What `Strategy.unicast` sends to some clients: for every name a list, one item for each."""
         return _joined(self._own(state, clients, self.round_num))
 
-    def cost_down(self, state: Any, client: int) -> int:
-        """Bytes that a first visit sends to ``client``."""
+    def cost_down(self, state: Any, client: int) -> tuple[int, int]:
+        """Bytes that a first visit sends to ``client``, and a later one, if what is sent `once` stays the same."""
         sent, charges = self._payload(self.program.strategy.broadcast(state))
         own = self._own(state, (client,), 0)
         task = Task((client,), (0,), sent, 0)
-        return self._piece(task, charges, own, self.program).down[0]
+        first = self._piece(task, charges, own, self.program).down[0]
+        own_names = own[0].keys() if own else ()
+        once = sum(size for name, size, digest in charges if digest is not None and name not in own_names)
+        return first, first - once
 
     # --- inside ---------------------------------------------------------------------------------------
 

@@ -344,7 +344,7 @@ class Driver:
     def _book(self) -> None:
         """Books what the round did."""
         for name in TOTALS:
-            self.progress.totals[name] += getattr(self.fed.done, name)
+            self.progress.totals[name] = self.progress.totals.get(name, 0) + getattr(self.fed.done, name)
         if self.fed.round_num == 0:
             self.progress.totals["bytes_before"] = self.fed.done.bytes_down + self.fed.done.bytes_up
         assert self._visits is not None

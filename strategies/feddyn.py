@@ -64,7 +64,7 @@ class FedDyn(Strategy):
         return DualState(w, torch.zeros_like(w, dtype=torch.float64), info.num_clients)
 
     def memory(self, local: Local) -> dict[str, Tensor]:
-        return {"h": torch.zeros_like(local.start)}
+        return dual_memory(local, self.dual)
 
     def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
         return dual_direction(grad(w), w, self.alpha, local)
@@ -76,9 +76,15 @@ class FedDyn(Strategy):
         return dual_step(state, reduced, self.dual)
 
 
+def dual_memory(local: Local, dual: str) -> dict[str, Tensor]:
+    """A client's first dual, 0; none where all stay so."""
+    return {} if dual == "off" else {"h": torch.zeros_like(local.start)}
+
+
 def dual_direction(g: Tensor, w: Tensor, mu: float, local: Local) -> Tensor:
     """``g + mu (h + w - start)``: the gradient of the regularised objective, ``[C, d]``."""
-    return g + mu * (local.memory.h + w - local.start)
+    drawn = local.memory.h + w if "h" in local.memory else w
+    return g + mu * (drawn - local.start)
 
 
 def dual_finish(w: Tensor, local: Local, dual: str) -> dict[str, Entry]:

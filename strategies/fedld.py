@@ -7,7 +7,8 @@ Departures:
        follow from their Gram matrix (`coefficients`), the same numbers up to rounding.
     2. Directions without weight (``s_j <= 1e-12 sum(s)``) are left out, and a projection that is zero up to rounding
        has the sign 0; the official code divides 0 by 0 there.
-    3. At least one direction is kept; the official code keeps none of a single client's, and discards its update.
+    3. At least one direction is kept; the official code keeps none of a single client's, and discards its update. Of
+       ``r m`` that is a whole number but for its rounding (0.29 x 100) that number is kept; the official code has 28.
     4. The official code freezes batch norms at their first statistics and warms the learning rate up over five
        epochs, by accident: ``client.buffers=frozen`` and ``warmup=5`` do the same.
     5. The paper's figure has the norm of the network's output, example by example; the official code that of the
@@ -113,9 +114,9 @@ class FedLD(Strategy):
     def loss(self, model: Model, batch: Batch, local: Local) -> Tensor:
         if not self.lam:
             return local.loss(model, batch)
-        known = _Known(model, batch.x, model(batch.x))
-        objective = batch.objective(local.loss(known, batch))  # the task's, or a recipe's
-        z = known.outputs
+        remembering = _Remembering(model, batch.x)
+        objective = batch.objective(local.loss(remembering, batch))  # the task's, or a recipe's
+        z = model(batch.x) if remembering.outputs is None else remembering.outputs
         if not isinstance(z, Tensor):
             raise ConfigError(f"fedld's regulariser needs a model that returns a tensor, got a {type(z).__name__}")
         size: Tensor = (z.softmax(-1) if self.of == "probabilities" else z).square().sum(-1)
@@ -153,26 +154,26 @@ class FedLD(Strategy):
         return PrincipalState((state.w + moved).to(state.w), seen)
 
 
-@dataclass(frozen=True)
-class _Known:
-    """A network whose outputs for one input are known: it runs once per batch, whatever objective asks for them.
+class _Remembering:
+    """A network that remembers what it gave for one input first: it then runs once for the loss and its regulariser.
 
-    Attributes:
+    Args:
         model: The network.
-        x: The input.
-        outputs: Its outputs.
+        x: That input.
     """
 
-    model: Model
-    x: Any
-    outputs: Any
+    def __init__(self, model: Model, x: Any) -> None:
+        self._model, self._x, self.outputs = model, x, None
 
     def __call__(self, x: Any) -> Any:
-        return self.outputs if x is self.x else self.model(x)
+        out = self._model(x)
+        if self.outputs is None and x is self._x:
+            self.outputs = out
+        return out
 
     @property
     def views(self) -> dict[str, Tensor]:
-        return self.model.views
+        return self._model.views
 
 
 def gram(rows: Rows, block: slice) -> Tensor:

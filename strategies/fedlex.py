@@ -86,15 +86,6 @@ def guidance(spread: Tensor, layout: Layout) -> Tensor:
     return out
 
 
-def weight_decay(options: ClientOptions) -> tuple[str, float]:
-    """Weight decay of the local optimizer, and the config key that sets it; of classes of torch.optim their own."""
-    optimizer = options.optimizer
-    if not isinstance(optimizer, TorchOptimizer):
-        return "client.weight_decay", getattr(optimizer, "weight_decay", 0.0)
-    built = optimizer.factory([torch.zeros(shape, requires_grad=True) for shape in optimizer.shapes], lr=options.lr)
-    return "client.optimizer.weight_decay", max(group.get("weight_decay", 0.0) for group in built.param_groups)
-
-
 def choose_explorers(fed: Federation, share: float) -> list[int]:
     """A share of all clients, at least one, chosen uniformly; in id order."""
     count = max(1, round(share * fed.num_clients))
@@ -193,7 +184,10 @@ class FedLEx(FedAvg):
             )
 
     def check_client(self, options: ClientOptions) -> None:
-        key, decay = weight_decay(options)
+        decay = getattr(options.optimizer, "weight_decay", 0.0)
+        key = "client.weight_decay"
+        if isinstance(options.optimizer, TorchOptimizer):
+            key = "client.optimizer.weight_decay"
         if self.apply == "grad" and self.explore_epochs and decay:
             raise ConfigError(
                 f"{key}={decay:g} would move parameters that the guidance holds: set "

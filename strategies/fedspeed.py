@@ -24,8 +24,8 @@ from fedsim.clients.local import Local
 from fedsim.clients.ops import clip, unit
 from fedsim.clients.visit import ClientOptions
 from fedsim.errors import ConfigError
-from fedsim.reduce import Entry, Reduced, sized
-from fedsim.strategies.feddyn import DualState, dual_direction, dual_finish, dual_step
+from fedsim.reduce import Entry, Reduced
+from fedsim.strategies.feddyn import DualState, dual_direction, dual_finish, dual_memory, dual_step
 from fedsim.strategy import Grad, Info, Strategy, require
 
 
@@ -80,7 +80,8 @@ class FedSpeed(Strategy):
             )
 
     def model(self, module: nn.Module) -> nn.Module:
-        norms = [name for name, m in module.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        kind = nn.modules.batchnorm._BatchNorm
+        norms = [name for name, m in module.named_modules() if isinstance(m, kind) and m.track_running_stats]
         if norms:
             raise ConfigError(
                 f"fedspeed has no rule for the statistics of batch norms (the dual does not cover them), and the model "
@@ -92,11 +93,12 @@ class FedSpeed(Strategy):
         return DualState(w, torch.zeros_like(w, dtype=torch.float64), info.num_clients)
 
     def memory(self, local: Local) -> dict[str, Tensor]:
-        return {"h": torch.zeros_like(local.start)}
+        return dual_memory(local, self.dual)
 
     def broadcast(self, state: DualState) -> dict[str, Any]:
-        sent_down = self.dual_kept == "server" and self.dual != "off"  # a dual that is 0 for ever is not sent
-        return {"w": sized(state.w, 2 * 4 * len(state.w)) if sent_down else state.w}
+        if self.dual_kept == "client" or self.dual == "off":
+            return {"w": state.w}
+        return {"w": state.w, "h": state.w}  # a stand-in of the size of the client's own dual, which it has
 
     def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
         g = grad(w)
@@ -104,7 +106,8 @@ class FedSpeed(Strategy):
             e = self.rho * (unit(g) if self.perturbation == "normalised" else g)
             g = torch.lerp(g, grad(w + e), self.alpha)
         if self.clip == "official":
-            return clip(g + self.mu * (local.memory.h - local.start), self.clip_norm) + self.mu * w
+            drawn = local.memory.h - local.start if "h" in local.memory else -local.start
+            return clip(g + self.mu * drawn, self.clip_norm) + self.mu * w
         return dual_direction(clip(g, self.clip_norm) if self.clip == "grad" else g, w, self.mu, local)
 
     def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:

@@ -136,6 +136,14 @@ def test_the_dry_run_is_what_a_run_then_costs(tmp_path: Path, strategy: str) -> 
     assert (cost["total_bytes_down"], cost["total_bytes_up"]) == (totals["bytes_down"], totals["bytes_up"])
 
 
+def test_a_dry_run_charges_what_is_sent_once_to_each_client_once(tmp_path: Path) -> None:
+    small = ["strategy=fedlex", "strategy.explore_epochs=1", "rounds=4", f"run_dir={tmp_path}", "tracker=[]"]
+    cost = estimate(build(compose([*QUICK, *small])))
+    totals = simulate([*QUICK, *small]).summary["totals"]
+    explored = 3 * cost["model_bytes"]  # a vector down to each of three clients, before round 1
+    assert cost["total_bytes_down"] == totals["bytes_down"] - explored == (4 + 1) * explored
+
+
 def test_a_dry_run_of_steps_and_a_sampled_cohort() -> None:
     overrides = ["client.epochs=null", "client.steps=7", "participation=fixed", "participation.clients_per_round=3"]
     cost = estimate(build(compose(overrides)))

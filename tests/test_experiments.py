@@ -28,7 +28,8 @@ TABLE = {
     "fedspeed": (["87.31", "86.33", "85.39", "82.26"], ["86.87", "85.07", "83.94", "79.66"]),
     "fedavg": (["82.52", "80.65", "79.75", "77.31"], ["81.09", "79.93", "78.66", "75.21"]),
 }
-NEEDED = {"fedld_images": ["data.path=me/set", "+data.keys.site=site"]}  # what a preset leaves to the user
+OWN_IMAGES = ["data.path=me/set", "+data.keys.site=site"]
+NEEDED = {"fedld_images": OWN_IMAGES, "fedld_images_official": OWN_IMAGES}  # what a preset leaves to the user
 
 
 def head(name: str) -> str:
@@ -117,7 +118,8 @@ def test_the_cifar_presets_have_the_settings_of_the_table(name: str) -> None:
     client, data = config["client"], config["data"]
     assert (config["rounds"], client["epochs"], client["steps"], client["batch_size"]) == (1000, 5, None, 50)
     assert (client["optimizer"], client["lr"], client["lr_decay"], client["weight_decay"]) == ("sgd", 0.1, 0.998, 1e-3)
-    assert (client["momentum"], client["clip_norm"]) == (0.0, None)
+    # FedSpeed has the official code's bound of 10 as an option of its own.
+    assert (client["momentum"], client["clip_norm"]) == (0.0, None if name.startswith("fedspeed") else 10.0)
     assert (data["mean"], data["std"]) == ([0.491, 0.482, 0.447], [0.247, 0.243, 0.262])
     assert (data["augment"], data["validation"], data["max_train"]) == (["flip", "crop"], 0.0, None)
     assert config["partition"] == {
@@ -138,8 +140,9 @@ def test_the_cifar_presets_have_the_settings_of_the_table(name: str) -> None:
 
 
 @pytest.mark.parametrize("alpha", ["0.6", "0.1"])
-def test_twins_differ_by_the_strategy_alone(alpha: str) -> None:
+def test_twins_differ_by_the_strategy_and_the_place_of_the_bound_alone(alpha: str) -> None:
     one, other = (composed(f"{method}_cifar10_dir{alpha}") for method in ("fedspeed", "fedavg"))
+    one["client"]["clip_norm"] = one["strategy"]["clip_norm"]
     assert {key for key in one if one[key] != other[key]} == {"strategy"}
 
 
@@ -172,6 +175,9 @@ def test_the_fedld_preset_has_the_published_settings_of_its_clients() -> None:
     assert (method["lam"], method["r"], method["of"], method["reduction"]) == (0.1, 0.8, "probabilities", "batch")
     assert config["participation"]["_target_"].endswith(".All")
     assert (config["data"]["size"], config["model"]["stem"]) == (384, "imagenet")
+    official = composed("fedld_images_official")
+    assert (method.pop("warmup"), official["strategy"].pop("warmup")) == (0.0, 5.0)
+    assert {**official, "name": config["name"]} == config
 
 
 def test_the_network_of_the_table_has_the_published_size() -> None:
@@ -239,6 +245,7 @@ SMALL = {
     **{name: [*ONE_CLIENT, "client.batch_size=2"] for name in CIFAR},
     "fedlex_mnist_pathological": [*ONE_STEP, "strategy.explore_epochs=1"],
     "fedld_images": ["data.size=32"],
+    "fedld_images_official": ["data.size=32"],
 }
 
 

@@ -17,12 +17,14 @@ from torch import Tensor, nn
 from fedsim import random
 from fedsim.clients.batch import Batch
 from fedsim.clients.local import Local
+from fedsim.clients.visit import Memory
 from fedsim.data import Dataset, Shard, Split
 from fedsim.errors import ConfigError
 from fedsim.experiment import Experiment, build
 from fedsim.run import Driver
 from fedsim.strategies.fedspeed import FedSpeed
 from fedsim.strategy import ClientHalf, Grad
+from fedsim.vector import Layout
 from tests.cli import Fedsim
 from tests.helpers import (
     FixedClients,
@@ -363,7 +365,7 @@ def test_the_norm_of_a_gradient_is_that_of_the_data_loss_before_the_dual() -> No
     # Clip modes differ in what they bound: with a dual of length 10 a gradient of length 1 is left alone by `grad`, and
     # the sum that `official` bounds is not.
     w = torch.zeros(1, 2, dtype=torch.float64)
-    local: Any = SimpleNamespace(start=w, memory=SimpleNamespace(h=torch.tensor([[0.0, 10.0]], dtype=torch.float64)))
+    local: Any = SimpleNamespace(start=w, memory=Memory({"h": torch.tensor([[0.0, 10.0]], dtype=torch.float64)}))
 
     def grad(at: Tensor, batch: Any = None, half: Any = None) -> Tensor:
         return torch.tensor([[1.0, 0.0]], dtype=torch.float64)
@@ -491,7 +493,7 @@ def test_with_duals_frozen_it_is_fedavg_fedsam_or_fedprox_bit_for_bit(tmp_path: 
     for parent, (own, theirs) in pairs.items():
         found, wanted = digits(tmp_path, **frozen, **own), digits(tmp_path, parent, **uniform, **theirs)
         assert found.params_sha256 == wanted.params_sha256, parent
-        assert not found.rows("strategy.h").any()
+        assert not any("strategy.h" in row for row in found.memory.get(found.memory.clients()))
 
 
 @pytest.mark.parametrize(("rho", "parent"), [(0.0, "fedavg"), (0.2, "fedsam")])
@@ -596,6 +598,29 @@ def test_bytes_of_every_option(options: dict[str, Any], vectors: int, tmp_path: 
         assert record["clients"] == 3
         assert record["bytes_down"] == 3 * vectors * 4 * d
         assert record["bytes_up"] == 3 * 4 * d
+
+
+@dataclass(frozen=True)
+class FrozenWeights(ClientHalf):
+    """Trains the biases alone."""
+
+    def parts(self, layout: Layout) -> dict[str, str]:
+        return {"*weight": "frozen"}
+
+
+def test_a_dual_that_the_server_keeps_covers_the_trained_parameters_alone(tmp_path: Path) -> None:
+    frozen: dict[str, Any] = {"recipe": {"frozen": {"_target_": "tests.test_fedspeed.FrozenWeights"}}}
+    done = digits(tmp_path, rounds=2, strategy__dual_kept="server", **frozen)
+    shared = sum(s.numel() for n, s in done.driver.exp.program.layout.shapes.items() if not n.endswith("weight"))
+    assert [r["bytes_down"] for r in done.records] == [3 * 2 * 4 * shared] * 2
+
+
+@pytest.mark.parametrize(
+    ("options", "gradients"), [({}, 2), ({"alpha": 0.5}, 2), ({"alpha": 0.0}, 1), ({"rho": 0.0}, 1)]
+)
+def test_a_step_takes_as_many_gradients_as_it_needs(options: dict[str, Any], gradients: int, tmp_path: Path) -> None:
+    totals = digits(tmp_path, rounds=1, **{f"strategy__{k}": v for k, v in options.items()}).driver.progress.totals
+    assert totals["gradients"] == gradients * totals["steps"] > 0
 
 
 def test_who_keeps_the_duals_changes_bytes_and_nothing_else(tmp_path: Path) -> None:
