@@ -96,7 +96,7 @@ def _accuracy(value: float) -> str:
 
 
 def _count(value: float) -> str:
-    return f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 _ESSENTIAL = 2
