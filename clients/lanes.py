@@ -380,8 +380,8 @@ class Lanes(Local):
         at = self._lanes(at).contiguous()
         losses, leaves = self._objectives(at, batch, hooks)
         if self._batch is None:
-            for stats in self._stats:
-                stats.gradients += 1
+            for stats, active in zip(self._stats, self.active[:, 0].tolist(), strict=True):
+                stats.gradients += active
             return self._gradient(losses.sum(), leaves, torch.empty_like(at))
         self._calls += 1
         if step_batch and self._used == 0:
