@@ -60,7 +60,7 @@ REFUSED: list[tuple[str, str]] = [
     ("mu=0.1", "did you mean 'strategy.mu' of strategy=fednova or strategy=fedprox or strategy=fedspeed?"),
     ("strategy.mue=1", "did you mean 'strategy.mu' of strategy=fednova or strategy=fedprox or strategy=fedspeed?"),
     ("strategy=fedprox strategy.mue=1", "did you mean 'strategy.mu'?"),
-    ("strategy.mu=1", "it belongs to strategy=fednova or strategy=fedprox or strategy=fedspeed; this run has strategy=fedavg"),
+    ("strategy.mu=1", "or strategy=fedprox or strategy=fedspeed; this run has strategy=fedavg"),
     ("participation.fraction=0.5", "it belongs to participation=fraction; this run has participation=all"),
     ("partition=pathological partition.alpha=1", "it belongs to partition=dirichlet"),
     ("client/lr=0.1", "did you mean 'client.lr'?"),
