@@ -398,7 +398,7 @@ def test_fedsmoo_is_a_plain_loop(dual: str, alpha: float, precision: str, batchi
         (done.state.s, s),
         (done.state.H, h.sum(0)),
         (done.rows("strategy.mu"), mu[touched]),
-        (done.rows("strategy.h"), h[touched]),
+        *([] if dual == "off" else [(done.rows("strategy.h"), h[touched])]),  # frozen duals are not kept
     ):
         torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
     assert float(done.state.s.norm()) == pytest.approx(RHO, rel=1e-6)
