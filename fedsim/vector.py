@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError, did_you_mean
+from fedsim.parts import norms_of
 
 
 class Layout:
@@ -21,9 +22,12 @@ class Layout:
         slices: Place of every tensor in the vector, by name.
         d: Length of the vector.
         dtype: Type of the vector.
+        norms: Names of the tensors that belong to norms (batch, group, layer, instance).
     """
 
-    def __init__(self, shapes: Mapping[str, torch.Size], dtype: torch.dtype = torch.float32) -> None:
+    def __init__(
+        self, shapes: Mapping[str, torch.Size], dtype: torch.dtype = torch.float32, norms: Iterable[str] = ()
+    ) -> None:
         self.names = tuple(shapes)
         self.shapes: Mapping[str, torch.Size] = MappingProxyType(dict(shapes))
         slices, start = {}, 0
@@ -33,6 +37,7 @@ class Layout:
         self.slices: Mapping[str, slice] = MappingProxyType(slices)
         self.d = start
         self.dtype = dtype
+        self.norms = tuple(norms)
 
     @classmethod
     def of(cls, module: nn.Module) -> Layout:
@@ -44,7 +49,7 @@ class Layout:
         tensors = trainable(module)
         if not tensors:
             raise ConfigError(f"model {type(module).__name__} has no trainable parameters")
-        return cls._of(tensors, type(module).__name__)
+        return cls._of(tensors, type(module).__name__, norms_of(module))
 
     @classmethod
     def of_buffers(cls, module: nn.Module) -> Layout:
@@ -52,11 +57,11 @@ class Layout:
         return cls._of(float_buffers(module), type(module).__name__)
 
     @classmethod
-    def _of(cls, tensors: Mapping[str, Tensor], owner: str) -> Layout:
+    def _of(cls, tensors: Mapping[str, Tensor], owner: str, norms: Iterable[str] = ()) -> Layout:
         dtypes = {t.dtype for t in tensors.values()}
         if len(dtypes) > 1:
             raise ConfigError(f"model {owner} mixes {sorted(map(str, dtypes))}; one floating-point type is needed")
-        return cls({k: t.shape for k, t in tensors.items()}, dtypes.pop() if dtypes else torch.float32)
+        return cls({k: t.shape for k, t in tensors.items()}, dtypes.pop() if dtypes else torch.float32, norms)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Layout) and dict(self.shapes) == dict(other.shapes) and self.dtype == other.dtype
@@ -64,8 +69,8 @@ class Layout:
     def __hash__(self) -> int:
         return hash((tuple(self.shapes.items()), self.dtype))
 
-    def __reduce__(self) -> tuple[type[Layout], tuple[dict[str, torch.Size], torch.dtype]]:
-        return Layout, (dict(self.shapes), self.dtype)
+    def __reduce__(self) -> tuple[type[Layout], tuple[dict[str, torch.Size], torch.dtype, tuple[str, ...]]]:
+        return Layout, (dict(self.shapes), self.dtype, self.norms)
 
     def views(self, w: Tensor) -> dict[str, Tensor]:
         """Named, shaped views into ``w``.

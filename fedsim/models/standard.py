@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError
+from fedsim.parts import sequential_blocks
 
 
 class Classifier(nn.Module):
@@ -25,7 +26,13 @@ class Classifier(nn.Module):
         features: All layers but the last.
         num_features: Numbers that they give per example.
         num_classes: Number of classes.
+
+    Attributes:
+        blocks: Names of the modules of each block, in order (`fedsim.parts.blocks_of`): a block begins with every layer
+            that has weights and is no norm; the head is the last. A block takes the output of the one before.
     """
+
+    blocks: Sequence[str | Sequence[str]]
 
     def __init__(self, features: nn.Sequential, num_features: int, num_classes: int) -> None:
         super().__init__()
@@ -33,6 +40,8 @@ class Classifier(nn.Module):
             raise ConfigError(f"a model needs at least one class (output), got num_classes={num_classes}")
         self.features = features
         self.head = nn.Linear(num_features, num_classes)
+        if not hasattr(type(self), "blocks"):
+            self.blocks = (*sequential_blocks(features), "head")
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits, ``[B, num_classes]``, of inputs ``[B, *input_shape]``."""
@@ -232,7 +241,7 @@ class Blocks5(Classifier):
 
     Attributes:
         blocks: Names of the blocks, in order: ``module.get_submodule(name)`` is a block, and ``name + "."`` fits its
-            parameters in a `fedsim.vector.Layout`. Each takes the output of the one before; the last gives the logits.
+            parameters in a `fedsim.vector.Layout`.
 
     Raises:
         ConfigError: The inputs are no images, or too small.
