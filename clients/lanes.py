@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.func import functional_call, vmap
+from torch.nn.utils.rnn import pad_sequence
 
 from fedsim import random
 from fedsim.batching import reason
@@ -35,7 +36,14 @@ PLANNED_NUMBERS = 2**20  # examples that are chosen at a time, about
 ALONE = "train these clients one by one: client.batching=off"
 
 
-def forward(network: Network, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], x: Any, lanes: int) -> Any:
+def forward(
+    network: Network,
+    params: Mapping[str, Tensor],
+    buffers: Mapping[str, Tensor],
+    x: Any,
+    lanes: int,
+    blocks: bool = False,
+) -> Any:
     """The network at C points at once.
 
     Args:
@@ -44,17 +52,20 @@ def forward(network: Network, params: Mapping[str, Tensor], buffers: Mapping[str
         buffers: Floating-point buffers likewise; in training mode batch norms write into them.
         x: Inputs, ``[C, B, ...]`` or ``[1, B, ...]``.
         lanes: C.
+        blocks: Whether the outputs of all blocks are wanted.
 
     Returns:
         Outputs, ``[C, B, ...]``.
     """
     shared = all(len(t) == 1 for t in params.values())
-    if network.stack is not None and isinstance(x, Tensor) and not shared:
+    if network.stack is not None and isinstance(x, Tensor) and not shared and not blocks:
         return network.evaluate(network.stack, params, x.expand(lanes, *x.shape[1:]))
-    given = {**params, **buffers}
+    given, module = {**params, **buffers}, network.module
+    if blocks:
+        given, module = {f"module.{name}": t for name, t in given.items()}, network.blocks
 
     def call(given: dict[str, Tensor], x: Any) -> Any:
-        return functional_call(network.module, given, (x,))
+        return functional_call(module, given, (x,))
 
     if shared and not buffers and not (network.mixes and network.module.training):
         rows, width = next(t.shape[:2] for t in tensors_in(x))
@@ -93,14 +104,20 @@ class LanePoint:
         self._lanes, self.views, self._detached = lanes, views, detached
 
     def __call__(self, x: Any) -> Any:
+        return self._run(x, False)
+
+    def blocks(self, x: Any) -> Any:
+        return self._run(x, True)
+
+    def _run(self, x: Any, blocks: bool) -> Any:
         lanes, network = self._lanes, self._lanes.network
         if not self._detached:
-            return forward(network, self.views, lanes.buffers, x, len(lanes.clients))
+            return forward(network, self.views, lanes.buffers, x, len(lanes.clients), blocks)
         mode = network.mode
         network.train(False)
         try:
             with torch.no_grad():
-                return forward(network, self.views, lanes.buffers, x, len(lanes.clients))
+                return forward(network, self.views, lanes.buffers, x, len(lanes.clients), blocks)
         finally:
             network.train(*mode)
 
@@ -323,6 +340,11 @@ class Lanes(Local):
                 f"local.y of clients with {min(self._sizes)} to {max(self._sizes)} examples is ragged; {ALONE}"
             )
         return torch.stack([self._labels(i) for i in range(len(self._shards))])
+
+    def labels(self) -> tuple[Tensor, Tensor]:
+        own = [self._labels(i) for i in range(len(self._shards))]
+        sizes = torch.tensor(self._sizes, device=own[0].device).unsqueeze(1)
+        return pad_sequence(own, batch_first=True), torch.arange(max(self._sizes), device=own[0].device) < sizes
 
     def _labels(self, i: int) -> Tensor:
         shard = self._shards[i]

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 
 from fedsim import random
 from fedsim.clients.batch import Batch
@@ -21,6 +22,7 @@ from fedsim.clients.optimizers import SGD
 from fedsim.clients.visit import Memory, Sent, Stats, Stream, Visit
 from fedsim.errors import ClientError
 from fedsim.network import Point
+from fedsim.parts import Block
 from fedsim.program import Bound, Hooks, Program, mean_task_loss, task_loss
 from fedsim.strategy import ClientHalf, Grad, Model
 
@@ -147,6 +149,11 @@ class Local:
         y = self._shard.y
         return self._program.targets(y.index_select(0, self._shard.rows.to(y.device))).unsqueeze(0)
 
+    def labels(self) -> tuple[Tensor, Tensor]:
+        """Labels of all of the clients' examples, and which of them are real and no padding, ``[C, n]`` each."""
+        y = self.y
+        return y, torch.ones_like(y, dtype=torch.bool)
+
     @property
     def lr_sum(self) -> Tensor:
         """Sum of the learning rates of the steps made in this visit, ``[1, 1]``."""
@@ -190,6 +197,29 @@ class Local:
     def at(self, w: Tensor) -> Model:
         """The network at ``w``, ``[1, d]``, in evaluation mode and as a constant: no gradient flows into it."""
         return Point(self._program.network, w, detached=True)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Names of the modules of each of the network's blocks; the last is the head."""
+        return self._program.blocks
+
+    def tail(self, first: int, w: Tensor, h: Tensor) -> Tensor:
+        """Logits ``[C, B, classes]`` of the network's blocks from number ``first`` on (from 0), which are a constant.
+
+        Args:
+            first: The first block that runs.
+            w: Parameters of `Federation.tail`, ``[1, d_tail]``, the same for all lanes.
+            h: Outputs of the block before, ``[C, B, ...]``; a gradient flows into them.
+        """
+        network = self._program.tail(first)
+        network.train(False)
+        views = {name: view.squeeze(0) for name, view in network.layout.views(w).items()}
+        outputs: Tensor = functional_call(network.module, views, (h.flatten(0, 1),))[-1]
+        return outputs.view(*h.shape[:2], -1)
+
+    def drawn(self, purpose: str) -> Tensor:
+        """Parameters as the layers draw them by themselves, ``[C, d]``: of each client, the same in every visit."""
+        return torch.stack([self._program.drawn(purpose, client) for client in self.clients])
 
     def loss(self, model: Model, batch: Batch) -> Tensor:
         """The recipe's objective, or the task's: ``[1, B]``."""

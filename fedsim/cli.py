@@ -341,6 +341,8 @@ def _partition(args: list[str]) -> None:
         ["Kullback-Leibler divergence", f"{s.kl_mean:.3f} nats"],
         ["sha256", exp.partition.sha256()],
     ]
+    if exp.config["data"].get("imbalance") is not None:
+        rows.insert(1, ["data", exp.describe()["data"]])
     for kind, draw in (("bubbles", plot_bubbles), ("heatmap", plot_heatmap)):
         path = folder / f"{exp.name.partition('-')[2] or exp.name}-{exp.partition.sha256()[:8]}-{kind}.png"
         try:

@@ -40,6 +40,8 @@ NEUTRAL = ("engine", "tracker", "run_dir", "resume", "name", "checkpoint", "roun
 #: Keys that may be given anew when a run is resumed.
 #: Keys of the group ``engine`` that are not the engine's own arguments.
 ENGINE = ("device", "threads", "on_failure", "max_retries", "memory_budget")
+#: Keys of the group ``data`` that are not the source's own arguments.
+DATA = ("augment", "validation", "imbalance")
 RESUMABLE = ("engine", "tracker", "checkpoint", "rounds", "data.root")
 CONF = Path(__file__).parent / "conf"
 
@@ -141,6 +143,14 @@ def _augment(key: str, value: Any) -> None:
         _choice("flip", "crop")(key, name)
 
 
+def _holdout(key: str, value: Any) -> None:
+    if value != "test":
+        try:
+            _number("[0, 1)")(key, value)
+        except ConfigError as exc:
+            raise _refuse(key, "a number in [0, 1), or test", value) from exc
+
+
 def _eval_clients(key: str, value: Any) -> None:
     if value not in ("participants", "all"):
         try:
@@ -193,8 +203,9 @@ SCHEMA: dict[str, Check] = {
     "data": _target,
     "data.augment": _augment,
     "data.validation": _number("[0, 1)"),
+    "data.imbalance": _number("[1, inf)", null=True),
     "partition": _target,
-    "partition.holdout": _number("[0, 1)"),
+    "partition.holdout": _holdout,
     "model": _target,
     "model.weights": _text(null=True),
     "client.optimizer": _optimizer,
@@ -236,6 +247,8 @@ SCHEMA: dict[str, Check] = {
     "checkpoint.memory": _choice("ram", "disk"),
 }
 OPEN = {key for key, check in SCHEMA.items() if check in (_target, _named_targets)}
+#: Keys that older runs' configs lack: as if null.
+LATER = ("data.imbalance",)
 
 
 def check(config: Config) -> None:
@@ -261,6 +274,8 @@ def check(config: Config) -> None:
         node: Any = config
         for part in key.split("."):
             if not isinstance(node, Mapping) or part not in node:
+                if key in LATER:
+                    break
                 raise ConfigError(f"key '{key}' is missing; it cannot be deleted or left out of a config file")
             node = node[part]
             if node is None and key.startswith("partition"):  # data that bring their own clients

@@ -189,11 +189,13 @@ class PartitionedClients:
         split: The shared tensors.
         train_part: The examples that clients train on.
         heldout_part: The examples that clients keep for evaluation.
+        test: What ``heldout_part`` numbers, if it is the server's test set; None: ``split``.
     """
 
     split: Split
     train_part: Partition
     heldout_part: Partition
+    test: Split | None = None
 
     def __len__(self) -> int:
         return len(self.train_part)
@@ -205,7 +207,8 @@ class PartitionedClients:
         return Shard(self.split.x, self.split.y, torch.from_numpy(self.train_part[client].copy()))
 
     def heldout(self, client: int) -> Shard:
-        return Shard(self.split.x, self.split.y, torch.from_numpy(self.heldout_part[client].copy()))
+        split = self.split if self.test is None else self.test
+        return Shard(split.x, split.y, torch.from_numpy(self.heldout_part[client].copy()))
 
 
 def hold_out(partition: Partition, fraction: float, rng: np.random.Generator) -> tuple[Partition, Partition]:

@@ -261,7 +261,7 @@ def _data() -> Iterator[Finding]:
 
     ready, absent = list[str](), list[str]()
     for name, path in conf.options("data").items():
-        node = {k: v for k, v in conf.load(path).items() if k not in ("augment", "validation")}
+        node = {k: v for k, v in conf.load(path).items() if k not in conf.DATA}
         if "???" in node.values():  # the user names the set
             continue
         source = instantiate(node, "data")

@@ -20,6 +20,7 @@ from fedsim.compose import requested
 from fedsim.config import Config
 from fedsim.data import Clients, Dataset, Partition, PartitionedClients, Split, hold_out
 from fedsim.errors import ConfigError, did_you_mean, one_line
+from fedsim.longtail import local_tests, long_tailed
 from fedsim.plugins import instantiate, locate, require_kind
 from fedsim.program import Program, overrides
 from fedsim.strategy import ClientHalf, Info, Strategy
@@ -65,7 +66,7 @@ class Experiment:
         c, p = self.config, self.program
         rows = {
             "strategy": _fields(c["strategy"]),
-            "data": f"{p.dataset.name}, {self._sizes()}",
+            "data": f"{p.dataset.name}{self._imbalance()}, {self._sizes()}",
             "partition": "the data's own clients" if c["partition"] is None else _fields(c["partition"]),
             "model": f"{_short(c['model'])}, {p.layout.d:,} parameters",
             "client": _client(c["client"]),
@@ -76,6 +77,13 @@ class Experiment:
         if p.recipes:
             rows["recipe"] = ", ".join(name for name, _ in p.recipes)
         return rows
+
+    def _imbalance(self) -> str:
+        imbalance, y = self.config["data"].get("imbalance"), self.program.dataset.train.y
+        if imbalance is None:
+            return ""
+        counts = np.bincount(y.numpy(), minlength=self.program.dataset.num_classes)
+        return f", imbalance {imbalance:g} ({counts.max():,} to {counts.min():,} a class)"
 
     def _sizes(self) -> str:
         p = self.program
@@ -115,15 +123,20 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
             raise ConfigError(
                 f"{given[0]} has no effect: data={dataset.name} brings its own clients; set data.num_clients instead"
             )
+        if config["partition"] is not None and config["partition"]["holdout"] == "test":
+            raise ConfigError(
+                f"partition.holdout=test needs a partition, and data={dataset.name} brings its own clients, which hold "
+                "out examples of their own; set partition.holdout=0"
+            )
         config["partition"] = None
+    dataset = _on_device(dataset, config)
     clients, partition = _partition(config, dataset, kept, seed)
     example = (clients.train(0).x if dataset.clients is not None else dataset.train.x)[:2]
     module = _model(config, dataset, example, seed, dtype, [strategy, *(recipe for _, recipe in recipes)])
     options = _client_options(config, module)
     strategy.check_client(options)
-    program = Program(
-        strategy, recipes, module, _on_device(dataset, config), clients, _move(server, config), options, seed
-    )
+    program = Program(strategy, recipes, module, dataset, clients, _move(server, config), options, seed)
+    strategy.check_network(program.network, options)
     config = batching.chosen(config, program)
     participation, system = (
         instantiate(config["participation"], "participation"),
@@ -157,11 +170,13 @@ class Shared:
     @classmethod
     def of(cls, program: Program) -> Shared:
         """What a program's workers need."""
-        data = program.dataset
+        data, clients = program.dataset, program.clients
         empty = Split(data.train.x[:0], data.train.y[:0])  # clients have the examples
+        if isinstance(clients, PartitionedClients) and clients.test is not None:
+            clients = replace(clients, test=Split(data.test.x[:0], data.test.y[:0]))  # `rebuild` has it from `dataset`
         return cls(
             replace(data, train=empty, keys={}, clients=None),
-            program.clients,
+            clients,
             program.server,
             {name: t.detach() for name, t in _named(program.fresh_module()).items()},
         )
@@ -185,9 +200,10 @@ def rebuild(config: Config, shared: Shared) -> Program:
     strategy = instantiate(config["strategy"], "strategy")
     recipes = [(name, instantiate(node, f"recipe.{name}")) for name, node in config["recipe"].items()]
     clients = shared.clients
-    if isinstance(clients, PartitionedClients):
-        clients = replace(clients, split=_move(clients.split, config) or clients.split)
     dataset = replace(_on_device(shared.dataset, config), clients=None)
+    if isinstance(clients, PartitionedClients):
+        test = None if clients.test is None else dataset.test
+        clients = replace(clients, split=_move(clients.split, config) or clients.split, test=test)
     plain = {**config, "model": {**config["model"], "weights": None}}  # the file may not be here
     example = clients.train(0)
     module = _model(plain, dataset, example.x[example.rows[:2]], seed, dtype, [strategy, *(r for _, r in recipes)])
@@ -224,12 +240,14 @@ def simulate(overrides: Sequence[str] = (), config_dir: str | Path | None = None
 
 def _load_data(config: Config, seed: int) -> tuple[Dataset, Split | None, Tensor | None]:
     """The data set, the server's validation split, and the training rows that are left for clients."""
-    node = {k: v for k, v in config["data"].items() if k not in ("augment", "validation")}
+    node = {k: v for k, v in config["data"].items() if k not in conf.DATA}
     source = instantiate(node, "data")
     dataset: Dataset = source.load(seed)
-    share = config["data"]["validation"]
+    share, imbalance = config["data"]["validation"], config["data"].get("imbalance")
     if config["data"]["augment"] and (dataset.clients is not None or dataset.train.x.dim() != 4):
         raise ConfigError(f"data.augment={config['data']['augment']} is for images; {dataset.name} has none")
+    if imbalance is not None:
+        dataset = long_tailed(dataset, imbalance, seed)
     if dataset.clients is not None:
         if share:
             raise ConfigError(
@@ -270,8 +288,18 @@ def _partition(config: Config, dataset: Dataset, kept: Tensor | None, seed: int)
             f"{times.max()} times; a partitioner that means to do so says `repeats: ClassVar = True`"
         )
     part = replace(part, indices=rows.numpy()[part.indices])
-    train, held = hold_out(part, config["partition"]["holdout"], random.numpy_generator(seed, "holdout"))
-    return PartitionedClients(_move(dataset.train, config) or dataset.train, train, held), part
+    holdout, test = config["partition"]["holdout"], None
+    share = 0.0 if holdout == "test" else holdout
+    train, held = hold_out(part, share, random.numpy_generator(seed, "holdout"))
+    if holdout == "test":
+        if not dataset.num_classes:
+            raise ConfigError(
+                f"partition.holdout=test draws test examples by class, and {dataset.name} has none (regression); "
+                "set a share of the clients' own examples, such as partition.holdout=0.1"
+            )
+        test = dataset.test
+        held = local_tests(dataset.train.y.numpy(), train, test.y.cpu().numpy(), seed)
+    return PartitionedClients(_move(dataset.train, config) or dataset.train, train, held, test), part
 
 
 def _move(split: Split | None, config: Config) -> Split | None:

@@ -28,6 +28,8 @@ from fedsim.engine.collector import Collector
 from fedsim.errors import ClientError, RunError
 from fedsim.evaluation import merge, metrics
 from fedsim.memory import Memory
+from fedsim.network import Network
+from fedsim.parts import Block
 from fedsim.program import Program
 from fedsim.reduce import Reduced, Sized, lane, nbytes
 from fedsim.strategy import SERVER, ClientHalf, Strategy
@@ -193,6 +195,15 @@ class Federation:
     def module(self) -> nn.Module:
         """A new copy of the network, with its initial weights."""
         return self.program.fresh_module()
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Names of the modules of each of the network's blocks; the last is the head."""
+        return self.program.blocks
+
+    def tail(self, first: int) -> Network:
+        """The network's blocks from number ``first`` on (from 0) as a network of their own, its weights drawn anew."""
+        return self.program.tail(first)
 
     @property
     def options(self) -> ClientOptions:

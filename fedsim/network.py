@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError
+from fedsim.parts import Blocks, blocks_of
 from fedsim.stacked import Stack
 from fedsim.vector import Layout, float_buffers, trainable
 
@@ -72,13 +73,18 @@ class Network:
         """The network of several clients as one, if its layers allow it."""
         return Stack.of(self.module)
 
+    @cached_property
+    def blocks(self) -> Blocks:
+        """The network as one that gives the output of each of its blocks."""
+        return Blocks(self.module, blocks_of(self.module, "a method that looks between blocks"))
+
     @property
     def mixes(self) -> bool:
         """Whether the examples of a batch see each other in training."""
         return bool(self._norms) or self.found_mixing
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if k != "stack"}
+        kept = {k: v for k, v in self.__dict__.items() if k not in ("stack", "blocks")}
         return kept | {"_bound": 0, "_bound_buffers": 0}  # addresses mean nothing elsewhere
 
     @torch.no_grad()
@@ -127,7 +133,11 @@ class Network:
 
     def __call__(self, x: Any) -> Any:
         """Outputs ``[1, B, ...]`` for inputs ``[1, B, ...]`` at the bound point."""
-        return map_tensors(lambda t: t.unsqueeze(0), self.evaluate(self.module, map_tensors(lambda t: t.squeeze(0), x)))
+        return self.run(self.module, x)
+
+    def run(self, forward: Callable[..., Any], x: Any) -> Any:
+        """As calling the network, but for ``forward``: its module, or `blocks`."""
+        return map_tensors(lambda t: t.unsqueeze(0), self.evaluate(forward, map_tensors(lambda t: t.squeeze(0), x)))
 
     def evaluate(self, forward: Callable[..., Any], *inputs: Any) -> Any:
         """Calls the network, ``forward``, in its precision; the outputs have that of the parameters."""
@@ -184,16 +194,22 @@ class Point:
         self._w = w if w.is_contiguous() else w.contiguous()
 
     def __call__(self, x: Any) -> Any:
+        return self._run(self._network.module, x)
+
+    def blocks(self, x: Any) -> Any:
+        return self._run(self._network.blocks, x)
+
+    def _run(self, forward: Callable[..., Any], x: Any) -> Any:
         if not self._detached:
             self._network.bind(self._w)
-            return self._network(x)
+            return self._network.run(forward, x)
         # The point of an enclosing gradient is restored: its graph reads the live parameters.
         net, before, mode = self._network, [p.data for p in self._network._params], self._network.mode
         net.train(False)
         net.bind(self._w)
         try:
             with torch.no_grad():
-                return net(x)
+                return net.run(forward, x)
         finally:
             for p, data in zip(net._params, before, strict=True):
                 p.data = data
@@ -207,3 +223,30 @@ class Point:
             return self._network.layout.views(self._w)
         self._network.bind(self._w)
         return self._network.parameters
+
+
+class Remembering:
+    """A network that remembers what it gave for one input first: it then runs once for a loss and what is added to it.
+
+    Args:
+        model: The network at some point.
+        x: That input.
+    """
+
+    def __init__(self, model: Any, x: Any) -> None:
+        self._model, self._x = model, x
+        self.outputs: Any = None
+
+    def __call__(self, x: Any) -> Any:
+        out = self._model(x)
+        if self.outputs is None and x is self._x:
+            self.outputs = out
+        return out
+
+    def blocks(self, x: Any) -> Any:
+        return self._model.blocks(x)
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        views: dict[str, Tensor] = self._model.views
+        return views

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim.errors import ConfigError
 
@@ -81,3 +81,61 @@ def norms_of(module: nn.Module) -> tuple[str, ...]:
         for key, p in layer.named_parameters(recurse=False)
         if p.requires_grad
     )
+
+
+class Blocks(nn.Module):
+    """The blocks of a module from one on, as a network that gives the output of each of them.
+
+    Args:
+        module: Whose blocks; shared, not copied.
+        blocks: All of its blocks (`blocks_of`).
+        first: Number of the first one to run, from 0.
+    """
+
+    def __init__(self, module: nn.Module, blocks: Sequence[Block], first: int = 0) -> None:
+        super().__init__()
+        self.module = module
+        self._names = tuple(blocks[first:])
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Outputs of the blocks, ``[B, ...]`` each; the last are the logits.
+
+        Args:
+            x: Output of the block before the first one, or the model's inputs.
+        """
+        outputs = []
+        for names in self._names:
+            for name in names:
+                x = self.module.get_submodule(name)(x)
+            outputs.append(x)
+        return tuple(outputs)
+
+
+def tail_of(module: nn.Module, blocks: Sequence[Block], first: int) -> Blocks:
+    """The blocks from number ``first`` on, drawn anew; only their parameters are trainable.
+
+    Args:
+        module: Its own weights are replaced and frozen: give a copy.
+        blocks: All of its blocks.
+        first: From 0.
+    """
+    module.requires_grad_(False)
+    for names in blocks[first:]:
+        for name in names:
+            module.get_submodule(name).requires_grad_(True)
+    redraw(module)
+    return Blocks(module, blocks, first)
+
+
+def redraw(module: nn.Module) -> None:
+    """Draws all weights anew, as every layer does by itself, from torch's own generator.
+
+    Raises:
+        ConfigError: A layer with weights has no ``reset_parameters``.
+    """
+    for layer in module.modules():
+        if next(layer.parameters(recurse=False), None) is not None:
+            reset = getattr(layer, "reset_parameters", None)
+            if reset is None:
+                raise ConfigError(f"{type(layer).__name__} cannot draw its weights anew: it needs `reset_parameters`")
+            reset()

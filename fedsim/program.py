@@ -22,8 +22,10 @@ from fedsim import random
 from fedsim.data import Clients, Dataset, Shard, Split
 from fedsim.errors import ConfigError
 from fedsim.network import Network
+from fedsim.parts import Block, blocks_of, redraw, tail_of
 from fedsim.reduce import Entry, nbytes
 from fedsim.strategy import SERVER, ClientHalf, Grad, Model, Strategy
+from fedsim.vector import trainable
 
 if TYPE_CHECKING:
     from fedsim.clients.batch import Batch
@@ -238,6 +240,7 @@ class Program:
         self.options, self.seed = options, seed
         self.hooks = Hooks(self.recipes, strategy)
         self._variants: dict[Any, Program] = {}
+        self._tails: dict[int, Network] = {}
         self.told: set[str] = set()  # reasons that were logged
         self._double: tuple[Tensor, Tensor] | None = None
         self._install(self.rebuild(module))
@@ -262,7 +265,7 @@ class Program:
         if model not in self._variants:
             other = copy.copy(self)
             other.__dict__.pop("_channels_last", None)
-            other._variants = {}
+            other._variants, other._tails = {}, {}
             with _keyed(self.seed, "variant"):
                 other._install(model(self.fresh_module()))
             while len(self._variants) >= 4:
@@ -289,6 +292,25 @@ class Program:
         self.network.bind(self.network.initial)
         self.network.bind_buffers(self.network.initial_buffers)
         return copy.deepcopy(self.network.module)
+
+    @property
+    def blocks(self) -> tuple[Block, ...]:
+        """Names of the modules of each of the network's blocks."""
+        return blocks_of(self.network.module, "a method that cuts between blocks")
+
+    def tail(self, first: int) -> Network:
+        """The network's blocks from number ``first`` on (from 0) as a network of their own, its weights drawn anew."""
+        if first not in self._tails:
+            with _keyed(self.seed, f"tail.{first}"):
+                self._tails[first] = Network(tail_of(self.fresh_module(), self.blocks, first))
+        return self._tails[first]
+
+    def drawn(self, *index: int | str) -> Tensor:
+        """Parameters as the layers draw them by themselves, ``[d]``, anew for every ``index``."""
+        module = self.fresh_module()
+        with random.torch_seeded(self.seed, "drawn", *index):
+            redraw(module)
+        return self.layout.flatten(trainable(module)).to(self.device)
 
     def nbytes(self, value: Any) -> int:
         """Bytes that ``value`` costs to send: of a parameter-sized tensor, only the coordinates that are shared.

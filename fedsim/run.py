@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,14 @@ from fedsim import interrupt, random, rounds, tree
 from fedsim.checkpoint import Checkpoints
 from fedsim.clients.local import Local
 from fedsim.clients.visit import Visit
-from fedsim.data import PartitionedClients
+from fedsim.data import IntArray, PartitionedClients
 from fedsim.engine.base import Engine, Score
 from fedsim.engine.worker import lead, sent_to
 from fedsim.errors import ClientError, ConfigError, FedsimError, RunError, one_line
-from fedsim.evaluation import metrics, spread
+from fedsim.evaluation import by_group, group_accuracy, metrics, spread
 from fedsim.experiment import Experiment, versions
 from fedsim.federation import Federation
+from fedsim.longtail import GROUPS, groups
 from fedsim.memory import Memory
 from fedsim.plugins import instantiate
 from fedsim.program import overrides
@@ -353,7 +355,12 @@ class Driver:
     def _evaluate(self, number: int) -> dict[str, Any]:
         fed, state = self.fed, self.progress.state
         out: dict[str, Any] = {"round": number}
-        out |= {k if k.startswith("class_") else f"test_{k}": v for k, v in fed.evaluate(state).items()}
+        found = fed.evaluate(state)
+        out |= {k if k.startswith("class_") else f"test_{k}": v for k, v in found.items()}
+        if self._long_tailed:
+            labels = np.array(found["class_count"])
+            hits = np.rint(labels * np.nan_to_num(found["class_accuracy"]))
+            out |= by_group([group_accuracy(labels, hits, groups(self._class_counts()))], "test_accuracy")
         if self.exp.program.server is not None:
             seen = fed.evaluate(state, "validation")
             out |= {f"validation_{k}": seen[k] for k in ("loss", "accuracy") if k in seen}
@@ -362,8 +369,33 @@ class Driver:
         for mode, scores in self._scores.items():
             values = [metrics(s).get(key, math.nan) for s in scores]
             prefix = "client" if mode == "global" else mode
-            out |= spread(values, f"{prefix}_{key}", higher_is_better=key == "accuracy")
+            out |= spread(values, [s.count for s in scores], f"{prefix}_{key}", higher_is_better=key == "accuracy")
+            if self._long_tailed:
+                own = (groups(self._class_counts(client)) for client in self._eval_clients())
+                tables = [(s.confusion.sum(1), s.confusion.diagonal()) for s in scores]
+                rows = [group_accuracy(*table, by) for table, by in zip(tables, own, strict=True)]
+                out |= by_group(rows, f"{prefix}_accuracy")
         return out
+
+    @property
+    def _long_tailed(self) -> bool:
+        return self.config["data"].get("imbalance") is not None
+
+    @cached_property
+    def _labels(self) -> IntArray:
+        """Class of every training example."""
+        clients = self.exp.program.clients
+        assert isinstance(clients, PartitionedClients)
+        labels: IntArray = clients.split.y.cpu().numpy()
+        return labels
+
+    def _class_counts(self, client: int | None = None) -> IntArray:
+        """Training examples of every class, ``[C]``, of all clients together or of one."""
+        clients = self.exp.program.clients
+        assert isinstance(clients, PartitionedClients)
+        rows = clients.train_part.indices if client is None else clients.train_part[client]
+        counts: IntArray = np.bincount(self._labels[rows], minlength=self.exp.program.dataset.num_classes)
+        return counts
 
     def _evaluate_clients(self) -> dict[str, list[Score]]:
         state, clients, epochs = self.progress.state, self._eval_clients(), self.config["eval"]["finetune_epochs"]
@@ -479,11 +511,13 @@ class Driver:
         return summary
 
     def params_sha256(self) -> str:
-        """Hash of what is evaluated: the global model, and every touched client's own where there are such."""
+        """Hash of what is evaluated: the global model, and every touched client's own where that is another."""
         h = hashlib.sha256(tree.sha256((self.progress.state.w, self.fed.buffers)).encode())
         if self.personal:
+            shared = tree.sha256(self.progress.state.w)
             for client, own in self._personal_models():
-                h.update(f"{client}:{tree.sha256(own)};".encode())
+                if (found := tree.sha256(own)) != shared:
+                    h.update(f"{client}:{found};".encode())
         return h.hexdigest()
 
     def _personal_models(self) -> Iterator[tuple[int, Any]]:
@@ -496,6 +530,9 @@ class Driver:
             (row,) = self.memory.get((client,))
             own = sent_to(self.fed.unicast(state, (client,)), 0, 1, program)
             visit = Visit(client, number, "evaluate", number, "personal", memory=row)
+            if self.fed.buffers is not None:  # `personal` may train, which writes into what is bound
+                buffers = row.get("buffers.local", self.fed.buffers) if self._local_buffers else self.fed.buffers
+                program.network.bind_buffers(buffers.to(program.device, copy=True))
             w = Local(program, visit, sent | own)._hooks.single("personal")[0]
             yield client, (w, row.get("buffers.local")) if self._local_buffers else w
 
@@ -527,8 +564,10 @@ class Driver:
             return
         columns: dict[str, list[Any]] = {"class": list(range(dataset.num_classes)), "name": list(dataset.class_names)}
         if isinstance(clients, PartitionedClients):
-            labels = clients.split.y.cpu().numpy()[clients.train_part.indices]
-            columns["num_train"] = np.bincount(labels, minlength=dataset.num_classes).tolist()
+            counts = self._class_counts()
+            columns["num_train"] = counts.tolist()
+            if self._long_tailed:
+                columns["group"] = [GROUPS[group] for group in groups(counts)]
         columns |= {
             key.replace("class_count", "num_test").removeprefix("class_"): latest[key]
             for key in ("class_count", "class_accuracy", "class_precision", "class_f1")

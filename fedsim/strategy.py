@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from fedsim.clients.local import Local
     from fedsim.clients.visit import ClientOptions
     from fedsim.federation import Federation
+    from fedsim.network import Network
 
 SERVER = -1
 """The client whose data is the server's own split and whose visits cost no bytes."""
@@ -38,6 +39,10 @@ class Model(Protocol):
     """The network at some point: a function of inputs ``[C, B, ...]``."""
 
     def __call__(self, x: Any) -> Any: ...
+
+    def blocks(self, x: Any) -> tuple[Any, ...]:
+        """The outputs of all blocks (`fedsim.parts.blocks_of`), ``[C, B, ...]`` each; the last are the logits."""
+        ...
 
     @property
     def views(self) -> dict[str, Tensor]:
@@ -186,6 +191,8 @@ class Strategy(ClientHalf):
         parent_options: Options of the parent under which the two are compared.
         neutral: Options that make this method its parent, bit for bit.
         quick: Options under which a run with small data takes seconds; for methods with long phases.
+        needs: Config values by dotted key without which the method refuses the suite's runs (a model with norms, for
+            example), as small as can be.
         exempt: Laws of the suite that do not apply (a test's name without ``test_``), each with the reason.
         unused: Config keys without effect under this method, each with the reason; giving one is refused.
     """
@@ -194,11 +201,15 @@ class Strategy(ClientHalf):
     parent_options: ClassVar[Mapping[str, Any]] = {}
     neutral: ClassVar[Mapping[str, Any]] = {}
     quick: ClassVar[Mapping[str, Any]] = {}
+    needs: ClassVar[Mapping[str, Any]] = {}
     exempt: ClassVar[Mapping[str, str]] = {}
     unused: ClassVar[Mapping[str, str]] = {}
 
     def check_client(self, options: ClientOptions) -> None:
         """Refuses settings of the ``client`` group that the method cannot work with; raise a `ConfigError`."""
+
+    def check_network(self, network: Network, options: ClientOptions) -> None:
+        """Refuses networks that the method cannot work with under these settings; raise a `ConfigError`."""
 
     def planned_steps(self, options: ClientOptions, n: int) -> int:
         """Local steps of a visit of a client with ``n`` examples, where `ClientHalf.work` makes others than usual."""
@@ -217,7 +228,7 @@ class Strategy(ClientHalf):
         return {"w": state.w}
 
     def unicast(self, state: Any, clients: tuple[int, ...]) -> dict[str, Any]:
-        """What goes down to these clients only, ``[C, ...]`` each; asked for one client at a time."""
+        """What goes down to these clients only, ``[C, ...]`` each, or lists of C; asked for one client at a time."""
         return {}
 
     def step(self, state: Any, reduced: Reduced) -> Any:

@@ -32,6 +32,7 @@ from fedsim.clients.batch import Batch
 from fedsim.clients.local import Local
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation
+from fedsim.network import Remembering
 from fedsim.reduce import Entry, Reduced, Rows, sized, stack
 from fedsim.strategy import ClientHalf, Info, Model, Strategy, require
 
@@ -114,7 +115,7 @@ class FedLD(Strategy):
     def loss(self, model: Model, batch: Batch, local: Local) -> Tensor:
         if not self.lam:
             return local.loss(model, batch)
-        remembering = _Remembering(model, batch.x)
+        remembering = Remembering(model, batch.x)
         objective = batch.objective(local.loss(remembering, batch))  # the task's, or a recipe's
         z = model(batch.x) if remembering.outputs is None else remembering.outputs
         if not isinstance(z, Tensor):
@@ -152,28 +153,6 @@ class FedLD(Strategy):
             moved = rows.combine(c, [s.stop - s.start for s in blocks])
         seen = torch.stack([old | moved[s].any() for old, s in zip(state.seen, blocks, strict=True)])
         return PrincipalState((state.w + moved).to(state.w), seen)
-
-
-class _Remembering:
-    """A network that remembers what it gave for one input first: it then runs once for the loss and its regulariser.
-
-    Args:
-        model: The network.
-        x: That input.
-    """
-
-    def __init__(self, model: Model, x: Any) -> None:
-        self._model, self._x, self.outputs = model, x, None
-
-    def __call__(self, x: Any) -> Any:
-        out = self._model(x)
-        if self.outputs is None and x is self._x:
-            self.outputs = out
-        return out
-
-    @property
-    def views(self) -> dict[str, Tensor]:
-        return self._model.views
 
 
 def gram(rows: Rows, block: slice) -> Tensor:

@@ -48,9 +48,9 @@ def kind(name: str) -> type[Strategy]:
 
 
 def config(name: str, values: Mapping[str, Any] | None = None, engine: str = "inline", **options: Any) -> Config:
-    """The config of a method: its quick options, then ``options`` of its own, then any values."""
+    """The config of a method: what it needs, its quick options, then ``options`` of its own, then any values."""
     own = {f"strategy.{k}": v for k, v in {**kind(name).quick, **options}.items()}
-    return configure((f"strategy={name}", f"engine={engine}"), {**own, **(values or {})})
+    return configure((f"strategy={name}", f"engine={engine}"), {**kind(name).needs, **own, **(values or {})})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -369,7 +369,9 @@ def test_reported_bytes_are_those_of_entries_and_payloads(
         entries = finish(self, w)
         if self._local.clients[0] != SERVER:
             up += sum(
-                size(e.value[0], self._local._program) if e.nbytes is None else e.nbytes for e in entries.values()
+                size(e.value[i], self._local._program) if e.nbytes is None else e.nbytes
+                for e in entries.values()
+                for i in range(len(self._local.clients))
             )
         return entries
 
@@ -419,7 +421,7 @@ def test_its_neutral_setting_is_its_parent(name: str, engine: str, tmp_path: Pat
     cls = kind(name)
     if cls.parent is None:
         pytest.skip("has no parent")
-    values = {"rounds": 5, "client.epochs": 2}
+    values = {**cls.needs, "rounds": 5, "client.epochs": 2}
     child = drive(config(name, values, engine, **cls.neutral), tmp_path)
     parent = drive(config(cls.parent, values, engine, **cls.parent_options), tmp_path)
     assert child.params_sha256 == parent.params_sha256

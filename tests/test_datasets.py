@@ -819,7 +819,7 @@ def test_augmentations_depend_on_their_generator_alone_and_leave_their_input(nam
 # Configs
 
 CORE: dict[str, dict[str, Any]] = {
-    "data": {"augment": [], "validation": 0.0},
+    "data": {"augment": [], "validation": 0.0, "imbalance": None},
     "partition": {"holdout": 0.1},
     "model": {"weights": None},
 }

@@ -20,6 +20,7 @@ import torch
 import wandb
 
 from fedsim import doctor
+from fedsim.config import DATA
 from fedsim.errors import RunError
 from tests.cli import Fedsim
 
@@ -181,7 +182,7 @@ def test_data_is_ready_where_it_comes_with_fedsim_was_decoded_or_was_fetched(
     assert ready == "ok ready without a network: digits, synthetic" and absent.startswith("note need the")
     assert "images" not in absent  # its name is the user's to give
     (tmp_path / "datasets" / "uoft-cs___cifar10" / "plain_text").mkdir(parents=True)
-    node = {k: v for k, v in compose(["data=mnist"])["data"].items() if k not in ("_target_", "augment", "validation")}
+    node = {k: v for k, v in compose(["data=mnist"])["data"].items() if k not in ("_target_", *DATA)}
     cache.write("mnist", Images(**node)._key(None), {"x": torch.zeros(1)}, {})
     ready, absent = lines("data")
     assert ready == "ok ready without a network: cifar10, digits, mnist, synthetic"

@@ -60,8 +60,10 @@ def test_regression_has_a_loss_only_and_no_examples_are_no_number() -> None:
 
 def test_spread_over_clients() -> None:
     values = [float(v) for v in range(20)]
-    found = spread([*values[::2], math.nan, *values[1::2]], "a")  # a client without examples is left out
-    assert found == {"a_mean": 9.5, "a_std": pytest.approx((399 / 12) ** 0.5), "a_worst10": 0.5}
-    assert spread(values, "a", higher_is_better=False)["a_worst10"] == 18.5
-    assert spread([3.0], "a") == {"a_mean": 3.0, "a_std": 0.0, "a_worst10": 3.0}
-    assert spread([math.nan], "a") == {}
+    counts = [3] * 10 + [0] + [1] * 10
+    found = spread([*values[::2], math.nan, *values[1::2]], counts, "a")  # a client without examples is left out
+    std = pytest.approx((399 / 12) ** 0.5)
+    assert found == {"a_mean": 9.5, "a_weighted": (3 * 90 + 100) / 40, "a_std": std, "a_worst10": 0.5}
+    assert spread(values, [1] * 20, "a", higher_is_better=False)["a_worst10"] == 18.5
+    assert spread([3.0], [7], "a") == {"a_mean": 3.0, "a_weighted": 3.0, "a_std": 0.0, "a_worst10": 3.0}
+    assert spread([math.nan], [0], "a") == {}

@@ -381,6 +381,9 @@ class Logits:
     def views(self) -> dict[str, Tensor]:
         return {}
 
+    def blocks(self, x: Any) -> tuple[Tensor, ...]:
+        return (self(x),)
+
     def __call__(self, x: Any) -> Tensor:
         self.calls += 1
         return self.z

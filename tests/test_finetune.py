@@ -96,7 +96,7 @@ def test_nothing_of_fine_tuning_is_kept(tmp_path: Path, kind: dict[str, Any]) ->
     assert runs[0].state_sha256 == runs[1].state_sha256
     assert runs[0].params_sha256 == runs[1].params_sha256
     added = runs[1].result.summary["final"].keys() - runs[0].result.summary["final"].keys()
-    assert added == {f"finetuned_accuracy_{k}" for k in ("mean", "std", "worst10")}
+    assert added == {f"finetuned_accuracy_{k}" for k in ("mean", "weighted", "std", "worst10")}
     for plain, tuned in zip(rows(runs[0]), rows(runs[1]), strict=True):
         assert plain == {k: v for k, v in tuned.items() if not k.startswith("finetuned_")}
 

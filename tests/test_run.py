@@ -257,9 +257,9 @@ def test_what_is_written_last_is_the_same_after_a_kill(go: Callable[..., Result]
 
 def test_the_worst_tenth_is_the_bad_end() -> None:
     values = [math.nan, *(float(v) for v in range(20))]
-    assert spread(values, "accuracy")["accuracy_worst10"] == 0.5
-    assert spread(values, "loss", higher_is_better=False)["loss_worst10"] == 18.5
-    assert spread([math.nan], "accuracy") == {}
+    assert spread(values, [1] * 21, "accuracy")["accuracy_worst10"] == 0.5
+    assert spread(values, [1] * 21, "loss", higher_is_better=False)["loss_worst10"] == 18.5
+    assert spread([math.nan], [0], "accuracy") == {}
 
 
 def test_validation_data_are_nobody_elses(tmp_path: Path) -> None:

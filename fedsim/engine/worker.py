@@ -479,9 +479,12 @@ def sent_to(unicast: Mapping[str, Any], first: int, end: int, program: Program) 
 
 def _side_by_side(trees: Sequence[Any], program: Program) -> Any:
     """Trees of like form as one: tensors ``[C, ...]``, and numbers ``[C, 1]``, those with a point in the parameters'
-    dtype."""
+    dtype. Tensors of different length, such as those with a row per example, end in zeros."""
     first = trees[0]
     if isinstance(first, Tensor):
+        if len({t.shape for t in trees}) > 1:
+            most = max(len(t) for t in trees)
+            trees = [torch.cat([t, t.new_zeros(most - len(t), *t.shape[1:])]) for t in trees]
         return torch.stack([t.to(program.device) for t in trees])
     if isinstance(first, Mapping):
         return {k: _side_by_side([t[k] for t in trees], program) for k in first}
