@@ -231,17 +231,18 @@ class Remembering:
     Args:
         model: The network at some point.
         x: That input.
+        by_block: Remember the outputs of all blocks, of which the last are the network's.
     """
 
-    def __init__(self, model: Any, x: Any) -> None:
-        self._model, self._x = model, x
+    def __init__(self, model: Any, x: Any, by_block: bool = False) -> None:
+        self._model, self._x, self._by_block = model, x, by_block
         self.outputs: Any = None
 
     def __call__(self, x: Any) -> Any:
-        out = self._model(x)
+        out = self._model.blocks(x) if self._by_block else self._model(x)
         if self.outputs is None and x is self._x:
             self.outputs = out
-        return out
+        return out[-1] if self._by_block else out
 
     def blocks(self, x: Any) -> Any:
         return self._model.blocks(x)

@@ -115,15 +115,14 @@ def tail_of(module: nn.Module, blocks: Sequence[Block], first: int) -> Blocks:
     """The blocks from number ``first`` on, drawn anew; only their parameters are trainable.
 
     Args:
-        module: Its own weights are replaced and frozen: give a copy.
+        module: Its weights are replaced or frozen: give a copy.
         blocks: All of its blocks.
         first: From 0.
     """
     module.requires_grad_(False)
     for names in blocks[first:]:
         for name in names:
-            module.get_submodule(name).requires_grad_(True)
-    redraw(module)
+            redraw(module.get_submodule(name).requires_grad_(True))
     return Blocks(module, blocks, first)
 
 

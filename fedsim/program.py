@@ -301,14 +301,14 @@ class Program:
     def tail(self, first: int) -> Network:
         """The network's blocks from number ``first`` on (from 0) as a network of their own, its weights drawn anew."""
         if first not in self._tails:
-            with _keyed(self.seed, f"tail.{first}"):
-                self._tails[first] = Network(tail_of(self.fresh_module(), self.blocks, first))
+            with _keyed(self.seed, f"tail.{first}"):  # drawn on the CPU, whose generator this is
+                self._tails[first] = Network(tail_of(self.fresh_module().cpu(), self.blocks, first).to(self.device))
         return self._tails[first]
 
     def drawn(self, *index: int | str) -> Tensor:
         """Parameters as the layers draw them by themselves, ``[d]``, anew for every ``index``."""
-        module = self.fresh_module()
-        with random.torch_seeded(self.seed, "drawn", *index):
+        module = self.fresh_module().cpu()
+        with random.torch_seeded(self.seed, "drawn", *index):  # the CPU's generator, whatever the device
             redraw(module)
         return self.layout.flatten(trainable(module)).to(self.device)
 

@@ -359,7 +359,7 @@ def flops(module: nn.Module, x: Tensor, mask: Tensor | None = None) -> int:
 
     for name, layer in module.named_modules():
         if isinstance(layer, nn.Linear | nn.Conv2d):
-            layer.register_forward_hook(lambda layer, _, out, name=name: count(name, layer, out))  # type: ignore[misc]
+            layer.register_forward_hook(lambda layer, _, out, name=name: count(name, layer, out))
     with torch.no_grad():
         module(x)
     return total

@@ -8,7 +8,10 @@ is an algorithm that fits these, and must not be taken for the paper's.
 Departures:
     1. All equations, the schedule and the default values are a reconstruction; every free choice is an option.
     2. Heads are drawn from the run's seed by the layers' own rule; the paper's way is not known.
-    3. Where examples are capped (``max_per_class``), a client's first ones of every class take part.
+    3. Where examples are capped (``max_per_class``), a client's first ones of every class take part; the others have no
+       soft label of their own, and train without.
+    4. A class's mean soft label is that of the latest round in which somebody sent the class.
+    5. A client without soft labels of its own gets the whole table of classes: nobody else knows its labels.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from fedsim.clients.optimizers import Adam
 from fedsim.clients.visit import ClientOptions
 from fedsim.errors import ConfigError
 from fedsim.federation import Federation
+from fedsim.models.standard import AveragePool
 from fedsim.network import Network, Remembering
-from fedsim.parts import blocks_of
+from fedsim.parts import Blocks, blocks_of
 from fedsim.reduce import Entry, Reduced, concat, once, sized
 from fedsim.strategy import ClientHalf, Grad, Info, Model, Strategy, require
 
@@ -55,7 +59,7 @@ class D2SState:
         heads: Parameters of the head on each block, by the block's number, ``[d_head]``.
         optimizer: Adam's tensors of the heads that are in training, by the block's number.
         soft: Soft labels of what each client sent last, ``[m, classes]``, by client.
-        distils: Whether what goes down is for training with soft labels.
+        distils: Whether what goes down is for training with soft labels; only inside of a round.
     """
 
     w: Tensor
@@ -63,7 +67,7 @@ class D2SState:
     heads: dict[int, Tensor] = field(default_factory=dict)
     optimizer: dict[int, dict[str, Tensor]] = field(default_factory=dict)
     soft: dict[int, Tensor] = field(default_factory=dict)
-    distils: bool = True
+    distils: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,8 @@ class FedD2S(Strategy):
             has as its gradient: not recommended.
         granularity: What is sent: a tuple for every ``sample``, or the means of every ``class``.
         max_per_class: Samples of each class that a client sends, at most; null: all.
+        pool: Maps with more rows and columns are averaged to so many before they go up, and the server's head sees them
+            in their old size again, in equal patches; null: they are sent as they are.
         timing: ``pipelined``: soft labels of the last time; ``in_round``: first training without, then the head, then
             training with them.
         teacher: ``own``: soft labels of the client's own representations; ``class``: the mean over its class.
@@ -114,6 +120,7 @@ class FedD2S(Strategy):
     path: str = "full"
     granularity: str = "sample"
     max_per_class: int | None = None
+    pool: int | None = None
     timing: str = "pipelined"
     teacher: str = "own"
     heads: str = "active"
@@ -131,8 +138,9 @@ class FedD2S(Strategy):
             object.__setattr__(self, "dropping", tuple(self.dropping))
         for name, least in (("stage_rounds", 1), ("ramp", 0), ("server_epochs", 0), ("server_batch_size", 1)):
             require(getattr(self, name) >= least, f"strategy.{name}", f">= {least}", getattr(self, name))
-        if self.max_per_class is not None:
-            require(self.max_per_class >= 1, "strategy.max_per_class", ">= 1, or null", self.max_per_class)
+        for name in ("max_per_class", "pool"):
+            value = getattr(self, name)
+            require(value is None or value >= 1, f"strategy.{name}", ">= 1, or null", value)
         for name in ("lam_l", "lam_g"):
             require(getattr(self, name) >= 0, f"strategy.{name}", ">= 0", getattr(self, name))
         for name in ("temperature", "server_lr"):
@@ -158,9 +166,13 @@ class FedD2S(Strategy):
             )
 
     def model(self, module: nn.Module) -> nn.Module:
-        last = len(blocks_of(module, "fedd2s")) - 1
-        if last < 1:
-            raise ConfigError("fedd2s cuts between blocks, and the model has one block only: choose a deeper one")
+        blocks = blocks_of(module, "fedd2s")
+        last = len(blocks) - 1
+        first = [module.get_submodule(name) for name in blocks[0]] if last else []
+        if not any(True for part in first for _ in part.parameters()):  # raw inputs would go up
+            raise ConfigError(
+                "fedd2s needs a block with weights before the head, and the model has none: choose a deeper one"
+            )
         wrong = [b for b in self.dropping or () if b > last]
         if wrong:
             raise ConfigError(
@@ -193,18 +205,20 @@ class FedD2S(Strategy):
     # --- server ---------------------------------------------------------------------------------------
 
     def init(self, info: Info, w: Tensor) -> D2SState:
+        if not info.num_classes:
+            raise ConfigError("fedd2s distils soft labels, which needs classes, and the data have none: choose others")
         return D2SState(w, torch.zeros(info.num_classes, info.num_classes, dtype=w.dtype, device=w.device))
 
     def broadcast(self, state: D2SState) -> dict[str, Any]:
         sent: dict[str, Any] = {"w": once(state.w) if self.initial == "common" else sized(state.w, 0)}
-        if state.distils and self.path == "head" and state.heads:
+        if state.distils and self.path == "head":
             sent["heads"] = state.heads
         if state.distils and self.teacher == "class" and bool(state.table.any()):
             sent["table"] = state.table
         return sent
 
     def unicast(self, state: D2SState, clients: tuple[int, ...]) -> dict[str, Any]:
-        if not state.distils or not self.lam_l or self.teacher == "class":
+        if not state.distils or self.teacher == "class":
             return {}
         none = state.table[:0]  # who has soft labels of its own needs no table, and the other way round
         known = bool(state.table.any())
@@ -217,15 +231,15 @@ class FedD2S(Strategy):
         dropping = self.schedule_of(len(fed.blocks))
         depth, who = self.depth(fed.round_num, dropping), fed.sample()
         if not depth or not self.lam_l:
-            fed.train(who, replace(state, distils=False))
+            fed.train(who, state)
             return state
         active = {d: state.heads[d] for d in (depth,) if d in state.heads}
-        first = replace(state, distils=self.timing == "pipelined", heads=active)
-        answer = fed.train(who, first)
+        distils = self.timing == "pipelined" and (self.path != "head" or bool(active))  # a new head knows nothing yet
+        answer = fed.train(who, replace(state, distils=distils, heads=active))
         new = self._learn(fed, state, depth, dropping, answer)
         if self.timing == "in_round":
-            active = {depth: new.heads[depth]}
-            fed.train(who, replace(new, distils=True, heads=active), half=Distilling(self), phase="distil")
+            second = replace(new, distils=True, heads={depth: new.heads[depth]})
+            fed.train(who, second, half=Distilling(self), phase="distil")
         return new
 
     def _learn(
@@ -238,9 +252,11 @@ class FedD2S(Strategy):
         columns = [torch.cat(column) for column in zip(*sent, strict=True)]
         q, y = columns[len(depths)], columns[len(depths) + 1].long()
         n = columns[-1] if self.granularity == "class" else torch.ones_like(q[:, 0])
+        shapes = _shapes(fed) if self.pool else {}
         heads, optimizer = dict(state.heads), {}
         for d, h in zip(depths, columns, strict=False):
             network = fed.tail(d)
+            h = h if not self.pool else restored(h, shapes[d])
             w = heads.get(d, network.initial).clone().unsqueeze(0)
             known = state.optimizer.get(d)
             opt = Adam().init(w) if known is None else {k: v.clone() for k, v in known.items()}
@@ -269,6 +285,8 @@ class FedD2S(Strategy):
     ) -> tuple[Tensor, float]:
         """Some epochs of a head, which move Adam's ``state``; returns its parameters and the last epoch's mean loss."""
         adam, loss = Adam(), 0.0
+        if not len(y):  # no client of the cohort has an example
+            return w, loss
         network.train(True)
         for epoch in range(self.server_epochs):
             total = torch.zeros((), dtype=torch.float64, device=w.device)
@@ -281,7 +299,7 @@ class FedD2S(Strategy):
                 grad = network.gradient(losses.mean(), torch.empty_like(w))
                 w = adam.step(w, grad, state, self.server_lr)
                 total += losses.detach().double().sum()
-            loss = float(total) / max(len(y), 1)
+            loss = float(total) / len(y)
         return w, loss
 
     @torch.no_grad()
@@ -303,37 +321,41 @@ class FedD2S(Strategy):
     def loss(self, model: Model, batch: Batch, local: Local) -> Tensor:
         if not self.teaches(local) or self.path == "masked":
             return local.loss(model, batch)
-        p = self.teacher_of(batch, local)
-        known = p.sum(-1) > 0
-        lam, T = self.strength(local.round, len(self._dropping(local))), self.temperature
-        if self.path == "head":
-            depth = next(iter(local.sent.heads))
-            outputs = model.blocks(batch.x)
-            z = local.tail(depth, local.sent.heads[depth], outputs[depth - 1])
-            return local.task_loss(outputs[-1], batch.y) + lam * (
-                local.task_loss(z, batch.y) + torch.where(known, kl(p, z, T), 0.0)
-            )
-        remembering = Remembering(model, batch.x)
-        plain = local.loss(remembering, batch)
-        if plain.dim() == 1:
-            return plain + lam * batch.mean(torch.where(known, kl(p, remembering.outputs, T), 0.0))
-        return plain + lam * torch.where(known, kl(p, remembering.outputs, T), 0.0)
+        p, T = self.teacher_of(batch, local), self.temperature
+        remembering = Remembering(model, batch.x, by_block=self.path == "head")
+        plain = batch.objective(local.loss(remembering, batch))  # the task's, or a recipe's
+        found = remembering.outputs
+        if self.path == "full":
+            extra = kl(p, model(batch.x) if found is None else found, T)
+        else:
+            ((depth, head),) = local.sent.heads.items()
+            h = (model.blocks(batch.x) if found is None else found)[depth - 1]
+            if self.pool:
+                maps = h.flatten(0, 1)
+                h = restored(pooled(maps, self.pool), maps.shape[1:]).view_as(h)
+            z = local.tail(depth, head, h)
+            extra = local.task_loss(z, batch.y) + kl(p, z, T)
+        lam = self.strength(local.round, len(self._dropping(local)))
+        return plain + lam * batch.objective(torch.where(p.sum(-1) > 0, extra, 0.0))
 
     def direction(self, w: Tensor, grad: Grad, local: Local) -> Tensor:
         g = grad(w)
         if self.path != "masked" or not self.teaches(local):
             return g
-        depth = self.depth(local.round, self._dropping(local))
-        lower = torch.zeros(local.layout.d, dtype=torch.bool, device=w.device)
-        for name, s in local.layout.blocks():
-            lower[s] = any(name.startswith(f"{part}.") for block in local.blocks[:depth] for part in block)
-        return g + lower * grad(w, half=SoftLabels(self))
+        if "lower" not in local.scratch:
+            local.scratch["lower"] = self._lower(local).to(w.device)
+        return g + local.scratch["lower"] * grad(w, half=SoftLabels(self))
+
+    def _lower(self, local: Local) -> Tensor:
+        """Which parameters are those of blocks that take part in the federation, bool ``[d]``."""
+        blocks = local.blocks[: self.depth(local.round, self._dropping(local))]
+        lower = tuple(f"{part}." for block in blocks for part in block)
+        return local.layout.mask_of([name for name in local.layout.names if name.startswith(lower)])
 
     def teaches(self, local: Local) -> bool:
         """Whether soft labels act in this visit."""
-        if not self.lam_l or not (hasattr(local.sent, "own") or hasattr(local.sent, "table")):
-            return False
-        return self.path != "head" or hasattr(local.sent, "heads")
+        sent = vars(local.sent)
+        return any(name in sent and bool(sent[name].shape[1]) for name in ("own", "table"))
 
     def teacher_of(self, batch: Batch, local: Local) -> Tensor:
         """The soft label of every example, ``[C, B, classes]``; 0 where there is none."""
@@ -343,16 +365,14 @@ class FedD2S(Strategy):
             p = _rows(table, batch.y)
         own = getattr(local.sent, "own", None) if self.teacher == "own" else None
         if own is not None and own.shape[1]:
-            place = self.places(local).gather(1, self._numbers(batch, local))
+            # An order may go round a lone client's examples several times.
+            number = batch.index % max(local.n, 1) if len(local.clients) == 1 else batch.index
+            place = self.places(local).gather(1, number.to(p.device))
             q = _rows(own, place.clamp(0, own.shape[1] - 1))
             has = (place >= 0) & (place < own.shape[1])
             # A client has either soft labels of its own or the table; under batching the other one is padded with 0.
             p = p + torch.where(has[..., None], q, 0.0)
         return p
-
-    def _numbers(self, batch: Batch, local: Local) -> Tensor:
-        single = len(local.clients) == 1
-        return batch.index % max(local.n, 1) if single else batch.index  # an order may go round several times
 
     def places(self, local: Local) -> Tensor:
         """For every example of the clients the row of the soft labels that is its own, ``[C, n]``; -1: it has none."""
@@ -389,28 +409,30 @@ class FedD2S(Strategy):
         if not depth or not self.lam_l:
             return {}
         depths = dropping if self.heads == "all" else (depth,)
-        batch, outputs = self._extract(w, local)
-        q = (outputs[-1] / self.temperature).softmax(-1)
+        batch, hs, z = self._extract(w, local, depths)
+        q = (z / self.temperature).softmax(-1)
         tuples = []
         for i in range(len(local.clients)):
             kept = batch.keep[i]
             y = batch.y[i][kept]
-            found = [*(outputs[d - 1][i][kept] for d in depths), q[i][kept]]
+            found = [*(pooled(h[i][kept], self.pool) for h in hs), q[i][kept]]
             if self.granularity == "class":
-                classes, place, n = torch.unique(y, return_inverse=True, return_counts=True)
-                found = [_class_means(t, place, n) for t in found]
-                y, n = classes, n
-                tuples.append((*found, y.to(q), n.to(q)))
+                classes, n = torch.unique(y, return_counts=True)
+                tuples.append((*(class_means(t, y, classes) for t in found), classes.to(q), n.to(q)))
             else:
                 sent = self._sent(y)
                 tuples.append((*(t[sent] for t in found), y[sent].to(q)))
         return {"tuples": concat(tuples)}
 
-    def _extract(self, w: Tensor, local: Local) -> tuple[Batch, list[Tensor]]:
-        """All examples of the clients, and the outputs of all blocks for them, ``[C, n, ...]`` each."""
+    def _extract(self, w: Tensor, local: Local, depths: tuple[int, ...]) -> tuple[Batch, list[Tensor], Tensor]:
+        """All examples of the clients, for them the outputs of some blocks, ``[C, n, ...]`` each, and the logits."""
         batch, model = local.examples(), local.at(w)
-        parts = [model.blocks(x) for x in torch.split(batch.x, EXAMPLES, dim=1)]
-        return batch, [torch.cat(outputs, 1) for outputs in zip(*parts, strict=True)]
+        parts = []
+        for x in torch.split(batch.x, EXAMPLES, dim=1):
+            outputs = model.blocks(x)
+            parts.append((*(outputs[d - 1] for d in depths), outputs[-1]))
+        *hs, z = (torch.cat(of_all, 1) for of_all in zip(*parts, strict=True))
+        return batch, hs, z
 
     def personal(self, local: Local) -> Tensor:
         return local.memory.w
@@ -465,7 +487,34 @@ def _rows(table: Tensor, index: Tensor) -> Tensor:
     return table.gather(1, index[..., None].expand(*index.shape, table.shape[-1]))
 
 
-def _class_means(t: Tensor, place: Tensor, n: Tensor) -> Tensor:
-    """Means of ``t``, ``[m, ...]``, over the examples of every class, ``[classes, ...]``, in float64."""
-    sums = t.new_zeros(len(n), *t.shape[1:], dtype=torch.float64).index_add_(0, place, t.double())
-    return (sums / n.view(-1, *[1] * (t.dim() - 1))).to(t)
+def class_means(t: Tensor, y: Tensor, classes: Tensor) -> Tensor:
+    """Means of ``t``, ``[m, ...]``, over the examples of each of some classes, ``[classes, ...]``, in float64.
+
+    Args:
+        t: A row per example.
+        y: Labels, ``[m]``.
+        classes: Those that have an example.
+    """
+    means = [t[y == c].double().mean(0, keepdim=True) for c in classes]
+    return torch.cat([t[:0].double(), *means]).to(t)
+
+
+def pooled(h: Tensor, size: int | None) -> Tensor:
+    """Maps ``[m, c, H, W]`` with more rows and columns averaged to ``size`` of each; anything else as it is."""
+    if size is None or h.dim() != 4 or min(h.shape[2:]) <= size:
+        return h
+    maps: Tensor = AveragePool(size)(h)
+    return maps
+
+
+def restored(h: Tensor, shape: torch.Size) -> Tensor:
+    """Outputs of `pooled` in the shape that they had, ``[m, *shape]``: every mean in its own patch."""
+    return h if h.shape[1:] == shape else F.interpolate(h, shape[1:], mode="nearest")
+
+
+@torch.no_grad()
+def _shapes(fed: Federation) -> dict[int, torch.Size]:
+    """The shape of one output of every block, by the block's number."""
+    x = fed.program.inputs(fed.program.dataset.test.x[:1])
+    outputs = Blocks(fed.module.eval(), fed.blocks)(x)
+    return {number: h.shape[1:] for number, h in enumerate(outputs, start=1)}

@@ -21,6 +21,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -197,6 +198,8 @@ class FedLoGe(FedAvg):
         return {"private.": "private"}
 
     def init(self, info: Info, w: Tensor) -> LoGeState:
+        if info.num_classes < 2:
+            raise ConfigError("fedloge needs data with classes; these have numbers as targets")
         C, dim = info.layout.shapes["head.weight"]
         W = kept_sse_c(C, dim, self.beta, self.tau, self.sse_steps, info)
         if self.sse_bias:
@@ -216,8 +219,9 @@ class FedLoGe(FedAvg):
 
     def loss(self, model: Model, batch: Batch, local: Local) -> Tensor:
         h, shared, own = model(batch.x)
-        fixed = _scores(h, local.sent.W)
-        return local.task_loss(fixed, batch.y) + local.task_loss(shared, batch.y) + local.task_loss(own, batch.y)
+        scores = _scores(h, local.sent.W), shared, own
+        fixed, of_shared, of_own = (local.loss(_One(model, i, batch.x, scores, local.sent.W), batch) for i in range(3))
+        return fixed + of_shared + of_own
 
     def finish(self, w: Tensor, local: Local) -> dict[str, Entry]:
         weight = self.weight(w)
@@ -267,6 +271,34 @@ class FedLoGe(FedAvg):
         known = local.class_counts.to(scores.device) > 0
         known |= ~known.any(1, keepdim=True)
         return scores.masked_fill(~known[:, None], -math.inf)
+
+
+class _One:
+    """The scores of one of the three classifiers, for `Local.loss`; those of the batch at hand are there already.
+
+    Args:
+        model: The network at some point.
+        part: 0: the fixed classifier, 1: the shared head, 2: the private one.
+        x: Inputs of the batch.
+        known: Scores of all three on them.
+        W: The fixed classifier.
+    """
+
+    def __init__(self, model: Model, part: int, x: Any, known: Sequence[Tensor], W: Tensor) -> None:
+        self._model, self._part, self._x, self._known, self._W = model, part, x, known, W
+
+    def __call__(self, x: Any) -> Any:
+        if x is self._x:
+            return self._known[self._part]
+        outputs = self._model(x)
+        return outputs[self._part] if self._part else _scores(outputs[0], self._W)
+
+    def blocks(self, x: Any) -> tuple[Any, ...]:
+        return self._model.blocks(x)
+
+    @property
+    def views(self) -> dict[str, Tensor]:
+        return self._model.views
 
 
 def _norm(rows: Tensor) -> Tensor:

@@ -254,11 +254,13 @@ def test_a_class_that_the_test_set_lacks_is_left_out() -> None:
 def test_every_test_example_of_a_class_is_as_likely() -> None:
     labels, test = np.repeat([0, 1], 50), shuffled([4, 6])
     part = part_of([[*range(0, 100, 2)], [*range(1, 100, 2)]])  # 25 and 25 each: floor(2.5) test examples of a class
-    runs, times = 1000, np.zeros((2, 10))
+    runs, times, same = 1000, np.zeros((2, 10)), 0
     for seed in range(runs):
         found = local_tests(labels, part, test, seed)
         for k in (0, 1):
             times[k, found[k]] += 1
+        same += found[0].tolist() == found[1].tolist()
+    assert abs(same / runs - 1 / 90) < 5 * (1 / 90 / runs) ** 0.5  # independent: two of 4 and two of 6 are 6 * 15 choices
     expected = 2 / np.array([4, 6])[test]
     assert (np.abs(times / runs - expected) < 5 * np.sqrt(expected * (1 - expected) / runs)).all()
 
