@@ -85,6 +85,7 @@ class Progress:
         finalized: Whether `Strategy.finalize` was run.
         stopped: Why the run ended early, or empty.
         latest: The latest evaluation.
+        logged: Of every number of the method's own the sum over rounds, and in how many it was there.
     """
 
     round_num: int = 0
@@ -98,6 +99,7 @@ class Progress:
     finalized: bool = False
     stopped: str = ""
     latest: dict[str, Any] = field(default_factory=dict)
+    logged: dict[str, tuple[float, int]] = field(default_factory=dict)
 
 
 def execute(exp: Experiment, resume: Path | None = None, sweep: str | None = None) -> Result:
@@ -341,6 +343,10 @@ class Driver:
         record["retries"] += self.engine.retries - self._lost  # of workers; since the round before, or since the start
         self._lost = self.engine.retries
         p.totals["retries"] = p.totals.get("retries", 0) + record["retries"]
+        for name, value in fed.log.items():
+            if isinstance(value, int | float) and math.isfinite(value):
+                before, count = p.logged.get(name, (0.0, 0))
+                p.logged[name] = (before + value, count + 1)
         return record | fed.log
 
     def _book(self) -> None:
@@ -496,6 +502,7 @@ class Driver:
                 "virtual_seconds": self.fed.virtual_seconds,
                 "wall_seconds": round(self._elapsed(), 3),
             },
+            "method_mean": {name: value / count for name, (value, count) in p.logged.items()},
             "params_sha256": self.params_sha256(),
             "state_sha256": self.state_sha256(),
             "partition_sha256": None if self.exp.partition is None else self.exp.partition.sha256(),

@@ -342,6 +342,7 @@ def test_limits_are_reached_exactly() -> None:
     assert groups([75, 20, 5]).tolist() == [0, 1, 2]  # 75 % and 95 % to the example
     assert groups([74, 20, 6]).tolist() == [0, 0, 1]  # one example less
     assert groups([5, 20, 75]).tolist() == [2, 1, 0]
+    assert groups([2, 1]).tolist() == [0, 0]  # two thirds do not reach it
     assert groups([3, 3, 3, 3]).tolist() == [0, 0, 0, 1]  # ties by class number
     assert groups([96, 4]).tolist() == [0, 2]  # no middle
 

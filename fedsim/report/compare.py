@@ -117,6 +117,9 @@ _COLUMNS = (
     _Column("rounds", "rounds", _count, rank=11),
     _Column("totals.bytes_down", "down", human_bytes, rank=12),
     _Column("totals.bytes_up", "up", human_bytes, rank=13),
+    _Column("method_mean.density", "density", _count, rank=12),
+    _Column("method_mean.flops_theoretical", "FLOPs in theory", _count, rank=12),
+    _Column("method_mean.flops_measured", "FLOPs run", _count, rank=12),
     _Column("totals.gradients", "gradients", _count, rank=14),
     _Column("totals.wall_seconds", "wall", human_seconds, rank=15),
 )

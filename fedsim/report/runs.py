@@ -124,7 +124,7 @@ class Run:
             ConfigError: One of ``known`` is something else.
         """
         found = {}
-        for section in ("final", "best", "", "totals"):
+        for section in ("final", "best", "", "totals", "method_mean"):
             values = self.result.get(section, {}) if section else {"rounds": self.result.get("rounds")}
             for name, value in values.items() if isinstance(values, Mapping) else ():
                 key = f"{section}.{name}" if section else name
