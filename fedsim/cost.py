@@ -81,8 +81,13 @@ def report(exp: Experiment) -> str:
         ["dry run", "nothing was trained and nothing was written"],
     ]
     kind = type(exp.program.strategy)
+    left_out = []
     if kind.prepare is not Strategy.prepare or kind.finalize is not Strategy.finalize:
-        rows.append(["not counted", "what the method does before round 1 or after the last"])
+        left_out.append("what the method does before round 1 or after the last")
+    if kind.round is not Strategy.round:
+        left_out.append("what its later rounds do otherwise than the first")
+    if left_out:
+        rows.append(["not counted", ", ".join(left_out)])
     return align(rows, left=2)
 
 

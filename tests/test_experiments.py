@@ -28,6 +28,8 @@ TABLE = {
     "fedspeed": (["87.31", "86.33", "85.39", "82.26"], ["86.87", "85.07", "83.94", "79.66"]),
     "fedavg": (["82.52", "80.65", "79.75", "77.31"], ["81.09", "79.93", "78.66", "75.21"]),
 }
+FLIP = [f"autoflip_{data}" for data in ("mnist", "cifar10", "cifar100", "femnist")]
+LOGE = ["fedloge_cifar10_lt", "fedloge_cifar100_lt"]
 OWN_IMAGES = ["data.path=me/set", "+data.keys.site=site"]
 NEEDED = {"fedld_images": OWN_IMAGES, "fedld_images_official": OWN_IMAGES}  # what a preset leaves to the user
 
@@ -66,7 +68,7 @@ def test_the_commands_that_a_preset_names_compose(name: str) -> None:
             check(compose([*job, *(o for o in NEEDED.get(name, []) if not any(o.split("=")[0] in j for j in job))]))
 
 
-@pytest.mark.parametrize("name", [*CIFAR, "fedlex_mnist_pathological", "fedld_images"])
+@pytest.mark.parametrize("name", [*CIFAR, *LOGE, *FLIP, "fedlex_mnist_pathological", "fedld_images", "fedd2s_cifar10"])
 def test_a_published_preset_says_what_is_published_how_long_it_takes_and_what_differs(name: str) -> None:
     for word in ("Published: ", "Time: ", "Differs from "):
         assert len(re.findall(rf"^ {word}", head(name), re.MULTILINE)) == 1
@@ -166,6 +168,80 @@ def test_the_fedlex_preset_has_the_settings_of_the_official_example() -> None:
     assert (config["data"]["size"], config["data"]["augment"]) == (24, ["flip"])
 
 
+@pytest.mark.parametrize(("name", "imbalance", "fraction", "depth"), [(LOGE[0], 50, 1.0, 18), (LOGE[1], 100, 0.3, 34)])
+def test_the_fedloge_presets_have_the_published_settings(
+    name: str, imbalance: float, fraction: float, depth: int
+) -> None:
+    config = composed(name)
+    client, method, part, model = config["client"], config["strategy"], config["partition"], config["model"]
+    assert (config["rounds"], client["epochs"], client["batch_size"]) == (500, 5, 8)
+    assert (client["optimizer"], client["lr"], client["momentum"], client["lr_decay"]) == ("sgd", 0.03, 0.5, 1.0)
+    assert (client["weight_decay"], client["clip_norm"], client["keep_optimizer"]) == (0.0, None, False)
+    assert (method["beta"], method["tau"], method["sse_steps"], method["scale"]) == (0.6, 0.1, 10_000, 1.7)
+    assert (method["rule"], method["keep_bias"], method["class_weights"]) == ("realigned+local", True, False)
+    assert (part["num_clients"], part["alpha"], part["holdout"]) == (40, 0.5, "test")
+    assert part["_target_"].endswith(".Dirichlet")
+    assert (config["data"]["imbalance"], config["data"]["augment"]) == (imbalance, ["crop", "flip"])
+    assert (model["depth"], model["stem"], model["groups"]) == (depth, "cifar", None)
+    assert config["participation"].get("fraction", 1.0) == fraction
+    assert config["eval"]["clients"] == "all"
+
+
+def test_published_numbers_of_fedloge_are_those_of_its_page() -> None:
+    # Of each log once in the page of the method; presets and the page of presets repeat them.
+    page = (ROOT / "docs" / "methods" / "fedloge.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| CIFAR-10, ([\d.]+), (\d+) \|.* (\S+ / \S+) \|$", page, re.MULTILINE)
+    logs = {(alpha, imbalance): numbers for alpha, imbalance, numbers in rows}
+    text = head(LOGE[0])
+    assert "{} % generic and {} % local".format(*logs["0.5", "50"].split(" / ")) in text
+    for override, key in (
+        ("data.imbalance=100", ("0.5", "100")),
+        ("partition.alpha=1", ("1", "50")),
+        ("partition.alpha=1 data.imbalance=100", ("1", "100")),
+    ):
+        assert re.search(rf"^   {re.escape(override)} +{logs[key]}$", text, re.MULTILINE)
+    assert "41.06 / 72.69" in page and "41.06 % generic and 72.69 % local" in head(LOGE[1])
+    table = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    assert "`fedloge_cifar10_lt` | {} % generic, {} % local |".format(*logs["0.5", "50"].split(" / ")) in table
+    assert "`fedloge_cifar100_lt` | 41.06 % generic, 72.69 % local |" in table
+
+
+@pytest.mark.parametrize("name", FLIP)
+def test_the_autoflip_presets_have_the_settings_of_the_published_commands(name: str) -> None:
+    config = composed(name)
+    client, method, part = config["client"], config["strategy"], config["partition"]
+    assert (config["rounds"], client["epochs"], client["batch_size"], client["optimizer"]) == (200, 5, 350, "adam")
+    assert (client["lr"], client["lr_decay"], client["weight_decay"]) == (3e-4, 0.99, 0.0)
+    assert (method["explorers"], method["explore_epochs"], method["patience"], method["beta"]) == (1.0, 150, 40, 0.9)
+    assert (method["threshold"], method["rule"]) == (0.3, "quantile")
+    assert part["num_clients"] == 20
+    fraction, holdout, size, hidden, fc = {
+        "autoflip_mnist": (0.25, 0.2, 24, 32, 512),
+        "autoflip_cifar10": (0.25, 0.2, 24, 32, 512),
+        "autoflip_cifar100": (0.05, 0.2, 24, 128, 512),
+        "autoflip_femnist": (0.25, 0.1, None, 64, 2048),
+    }[name]
+    assert (config["participation"]["fraction"], part["holdout"], config["data"]["size"]) == (fraction, holdout, size)
+    assert (config["model"]["hidden"], config["model"]["fc"], config["model"]["init"]) == (hidden, fc, "xavier_normal")
+    assert config["data"]["augment"] == ["flip"]
+    kind = {"autoflip_cifar100": "DirichletBalanced", "autoflip_femnist": "Natural"}.get(name, "Pathological")
+    assert part["_target_"].endswith(f".{kind}")
+    assert part.get("classes_per_client", 2) == 2 and part.get("alpha", 1.0) == 1.0
+
+
+def test_the_fedd2s_preset_has_the_settings_of_its_head() -> None:
+    config = composed("fedd2s_cifar10")
+    client, method, part = config["client"], config["strategy"], config["partition"]
+    assert (config["rounds"], client["epochs"], client["batch_size"]) == (100, 5, 64)
+    assert (client["optimizer"], client["lr"], client["momentum"], client["lr_decay"]) == ("sgd", 0.01, 0.9, 1.0)
+    assert (method["dropping"], method["stage_rounds"], method["temperature"]) == ([4, 3, 2, 1], 20, 3.0)
+    assert (method["lam_g"], method["lam_l"], method["server_lr"], method["server_epochs"]) == (1.0, 0.3, 1e-3, 20)
+    assert (part["num_clients"], part["alpha"], part["holdout"]) == (20, 0.5, "test")
+    assert config["participation"]["fraction"] == 0.5
+    assert config["model"]["_target_"].endswith(".Blocks5") and config["eval"]["clients"] == "all"
+    assert "reconstruction" in head("fedd2s_cifar10").splitlines()[1]
+
+
 def test_the_fedld_preset_has_the_published_settings_of_its_clients() -> None:
     config = composed("fedld_images")
     client, method = config["client"], config["strategy"]
@@ -234,23 +310,33 @@ TEN = [i % 10 for i in range(200)]
 #: Random data for the sets that presets name.
 SETS: dict[str, Callable[[Path], None]] = {
     "uoft-cs/cifar10": lambda root: images(root, (32, 32, 3), "img", TEN[:10]),
+    "uoft-cs/cifar100": lambda root: images(root, (32, 32, 3), "img", TEN[:10], fine_label=[*range(10)]),
     "ylecun/mnist": lambda root: images(root, (28, 28), "image", TEN),
     "zalando-datasets/fashion_mnist": lambda root: images(root, (28, 28), "image", TEN),
+    "flwrlabs/femnist": lambda root: images(root, (28, 28), "image", TEN[:60], writer_id=[i // 20 for i in range(60)]),
     "me/set": lambda root: images(root, (50, 60, 3), "image", [0, 1] * 3, site=[0, 0, 1, 1, 2, 2]),
 }
 ONE_STEP = ["client.epochs=null", "client.steps=1"]
 ONE_CLIENT = [*ONE_STEP, "partition.num_clients=1", "participation.probability=1.0"]
+#: With one image of every class there is nothing to cut.
+LONG_TAIL = [*ONE_STEP, "partition.num_clients=1", "client.batch_size=2", "data.imbalance=1", "strategy.sse_steps=10"]
 #: What makes a preset's round small, and leaves its network, method, data and rules as they are.
 SMALL = {
     **{name: [*ONE_CLIENT, "client.batch_size=2"] for name in CIFAR},
+    **dict.fromkeys(LOGE, LONG_TAIL),
+    "fedd2s_cifar10": [*ONE_STEP, "partition.num_clients=2", "strategy.server_epochs=1"],
     "fedlex_mnist_pathological": [*ONE_STEP, "strategy.explore_epochs=1"],
+    "autoflip_mnist": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=5"],
+    "autoflip_cifar10": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=5", "partition.holdout=0"],
+    "autoflip_cifar100": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=1", "data.label=label"],
+    "autoflip_femnist": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=1", "data.label=label"],
     "fedld_images": ["data.size=32"],
     "fedld_images_official": ["data.size=32"],
 }
 
 
 #: Presets that differ from another by a number or the strategy.
-SIMILAR = [n for n in PRESETS if n in CIFAR[1:] or n.startswith("methods_fashion_mnist_")]
+SIMILAR = [n for n in PRESETS if n in (*CIFAR[1:], LOGE[1], *FLIP[1:]) or n.startswith("methods_fashion_mnist_")]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SIMILAR else ()) for n in PRESETS])

@@ -260,7 +260,8 @@ def test_every_test_example_of_a_class_is_as_likely() -> None:
         for k in (0, 1):
             times[k, found[k]] += 1
         same += found[0].tolist() == found[1].tolist()
-    assert abs(same / runs - 1 / 90) < 5 * (1 / 90 / runs) ** 0.5  # independent: two of 4 and two of 6 are 6 * 15 choices
+    # Clients draw independently: two of 4 and two of 6 are 6 * 15 choices, so one time in 90 theirs are the same.
+    assert abs(same / runs - 1 / 90) < 5 * (1 / 90 / runs) ** 0.5
     expected = 2 / np.array([4, 6])[test]
     assert (np.abs(times / runs - expected) < 5 * np.sqrt(expected * (1 - expected) / runs)).all()
 
