@@ -142,7 +142,7 @@ def jobs(args: list[str]) -> Iterator[list[str]]:
         yield given
         return
     choices = [
-        [f"{key}={value}" for value in (values.split(",") if "[" not in values else [values])]
+        [f"{key}={value}" for value in re.split(r",(?![^\[]*\])", values)]
         for key, _, values in (a.partition("=") for a in given)
     ]
     for job in itertools.product(*choices):
