@@ -84,7 +84,7 @@ COMPARISONS = {
     ),
     "longtail_fashion_mnist": Comparison(
         setting=("data.imbalance=100", "data.max_test=500"),
-        other=("data.imbalance=50",),
+        other=None,
         score=lambda records, summary: float(summary["final"]["validation_accuracy"]),
         rates=(0.03, 0.1, 0.3),
         methods={

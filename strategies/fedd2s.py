@@ -344,7 +344,8 @@ class FedD2S(Strategy):
             return g
         if "lower" not in local.scratch:
             local.scratch["lower"] = self._lower(local).to(w.device)
-        return g + local.scratch["lower"] * grad(w, half=SoftLabels(self))
+        lower: Tensor = local.scratch["lower"]
+        return g + lower * grad(w, half=SoftLabels(self))
 
     def _lower(self, local: Local) -> Tensor:
         """Which parameters are those of blocks that take part in the federation, bool ``[d]``."""

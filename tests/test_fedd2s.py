@@ -779,7 +779,7 @@ def test_a_head_learns_from_maps_that_were_averaged(
         grads = torch.autograd.grad(loss, [*models[k].parameters()])
         with torch.no_grad():
             for p, g in zip(models[k].parameters(), grads, strict=True):
-                p -= 0.05 * g
+                p.sub_(0.05 * g)
 
     def patches(h: Tensor) -> Tensor:
         """Means over 3x3 patches of 6x6 maps, each in its own patch."""
@@ -1125,7 +1125,7 @@ def test_norms_are_found_by_their_layers() -> None:
     assert norms_of(nn.LayerNorm(3)) == ("weight", "bias")
 
 
-# --- the published claim ------------------------------------------------------------------------------------
+# --- what it is good for ------------------------------------------------------------------------------------
 
 
 class Shares(FixedClients):
@@ -1177,3 +1177,10 @@ def accuracy(seed: int, folder: Path, **strategy: Any) -> float:
     run = drive(configure((f"strategy={name}",), values), folder)
     scores = run.driver.fed.evaluate_clients(run.state, range(12), "personal")
     return sum(float(s.confusion.diagonal().sum()) / s.count for s in scores) / 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_distillation_with_dropping_beats_training_alone(seed: int, tmp_path: Path) -> None:
+    found = accuracy(seed, tmp_path / "run", dropping=[3, 2, 1], stage_rounds=10, lam_l=1.0)
+    assert found > accuracy(seed, tmp_path / "alone", name="local")
