@@ -85,7 +85,7 @@ def report(exp: Experiment) -> str:
     if kind.prepare is not Strategy.prepare or kind.finalize is not Strategy.finalize:
         left_out.append("what the method does before round 1 or after the last")
     if kind.round is not Strategy.round:
-        left_out.append("what its later rounds do otherwise than the first")
+        left_out.append("what its later rounds may do otherwise than the first")
     if left_out:
         rows.append(["not counted", ", ".join(left_out)])
     return align(rows, left=2)

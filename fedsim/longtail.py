@@ -2,6 +2,10 @@
 
 Source: Xiao et al., 2024 ("FedLoGe"), https://arxiv.org/abs/2401.08977, with the authors' code
 (https://github.com/ZackZikaiXiao/FedLoGe) for the numbers.
+Departures:
+    1. Where a class has fewer test images than a client's share asks for, all of that client's numbers are lowered by
+       the same factor, so that its proportions stay; the official code does not say what then.
+    2. A class that the test set does not have is left out of local test sets.
 """
 
 from __future__ import annotations
@@ -29,8 +33,9 @@ def profile(largest: int, num_classes: int, imbalance: float) -> list[int]:
         num_classes: C, at least 2.
         imbalance: Largest over smallest class, >= 1.
     """
-    share = 1 / imbalance  # in this order, as the published totals were made: floors follow the last bit
-    return [int(largest * share ** (c / (num_classes - 1))) for c in range(num_classes)]
+    share = 1 / imbalance
+    # A size that is whole must not be lost to rounding: 49 * (1 / 49) is less than 1.
+    return [int(largest * share ** (c / (num_classes - 1)) + 1e-9) for c in range(num_classes)]
 
 
 def cut(labels: IntArray, num_classes: int, imbalance: float, rng: np.random.Generator) -> IntArray:

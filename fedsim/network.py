@@ -6,6 +6,7 @@ any point (the iterate, a perturbed point, a teacher) without a copy of the mode
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
@@ -99,6 +100,21 @@ class Network:
         for name, t in (*self.module.named_parameters(), *self.module.named_buffers()):
             t.copy_(tensors[name])
         self._counters = [(b, b.clone()) for b, _ in self._counters]
+
+    def pristine(self) -> nn.Module:
+        """A copy of the module as it came; what this one is bound to stays as it is."""
+        bound, places = (self._bound, self._bound_buffers), [*self._params, *self._buffers]
+        data, counts = [t.data for t in places], [counter.clone() for counter, _ in self._counters]
+        self.bind(self.initial)
+        self.bind_buffers(self.initial_buffers)
+        try:
+            return copy.deepcopy(self.module)
+        finally:
+            for t, before in zip(places, data, strict=True):
+                t.data = before
+            for (counter, _), count in zip(self._counters, counts, strict=True):
+                counter.copy_(count)
+            self._bound, self._bound_buffers = bound
 
     def bind(self, w: Tensor) -> None:
         """Points the parameters at ``w``, ``[d]`` or ``[1, d]``, contiguous memory of torch's own."""

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from fedsim.errors import ConfigError
+from fedsim.errors import ConfigError, did_you_mean
 
-NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm)
 """Layers that normalise."""
 
 Block = tuple[str, ...]
@@ -49,12 +49,19 @@ def blocks_of(module: nn.Module, who: str) -> tuple[Block, ...]:
         ConfigError: The model does not name its blocks.
     """
     named: Sequence[str | Sequence[str]] | None = getattr(module, "blocks", None)
-    if named is None or isinstance(named, nn.Module):
+    if not isinstance(named, tuple | list) or not named:
         raise ConfigError(
             f"{who} needs a model that names its blocks (an attribute `blocks`, such as blocks5 has); "
             f"{type(module).__name__} does not: choose one of `fedsim list model`, or name them"
         )
-    return tuple((b,) if isinstance(b, str) else tuple(b) for b in named)
+    blocks = tuple((b,) if isinstance(b, str) else tuple(b) for b in named)
+    known = dict(module.named_modules())
+    if wrong := [name for block in blocks for name in block if name not in known]:
+        raise ConfigError(
+            f"{who}: {type(module).__name__}.blocks names '{wrong[0]}', which the model does not have"
+            f"{did_you_mean(wrong[0], known)}"
+        )
+    return blocks
 
 
 def sequential_blocks(features: nn.Sequential) -> tuple[Block, ...]:

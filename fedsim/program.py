@@ -289,9 +289,7 @@ class Program:
 
     def fresh_module(self) -> nn.Module:
         """A copy of the network as it was first built, whatever was trained on this one since."""
-        self.network.bind(self.network.initial)
-        self.network.bind_buffers(self.network.initial_buffers)
-        return copy.deepcopy(self.network.module)
+        return self.network.pristine()
 
     @property
     def blocks(self) -> tuple[Block, ...]:

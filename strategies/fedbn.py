@@ -3,6 +3,7 @@
 Source: Li et al., 2021, https://arxiv.org/abs/2102.07623; stated from memory.
 Departures:
     1. Norms without statistics (group, layer) stay with the client likewise; the paper has batch norms.
+    2. Clients are averaged by their numbers of examples; in the paper all count alike (``strategy.weights=uniform``).
 """
 
 from __future__ import annotations

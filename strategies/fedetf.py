@@ -144,6 +144,8 @@ class FedETF(FedAvg):
     def loss(self, model: Model, batch: Batch, local: Local) -> Tensor:
         if "shift" not in local.scratch:
             counts = local.class_counts.to(local.start)
-            # log of n^gamma; minus infinity, less some, for a class that the client does not have.
-            local.scratch["shift"] = self.gamma * counts.clamp(min=torch.finfo(counts.dtype).tiny).log()[:, None]
+            # log of n^gamma: minus infinity for a class that the client does not have, unless gamma is 0.
+            absent = counts.new_full((), -math.inf if self.gamma else 0.0)
+            shift = torch.where(counts > 0, self.gamma * counts.clamp(min=1).log(), absent)
+            local.scratch["shift"] = shift[:, None]
         return local.loss(_Shifted(model, local.scratch["shift"]), batch)

@@ -12,6 +12,9 @@ from typing import ClassVar
 
 from torch import nn
 
+from fedsim.clients.visit import ClientOptions
+from fedsim.errors import ConfigError
+from fedsim.network import Network
 from fedsim.parts import head_of
 from fedsim.strategies.fedavg import FedAvg
 from fedsim.vector import Layout
@@ -39,6 +42,13 @@ class FedPer(FedAvg):
         if self.private == "head.":
             head_of(module, "fedper")
         return module
+
+    def check_network(self, network: Network, options: ClientOptions) -> None:
+        if self.private is not None and len(network.layout.match(self.private)) == len(network.layout.names):
+            raise ConfigError(
+                f"strategy.private={self.private} leaves nothing of the model to be shared: choose a model with more "
+                "layers, or strategy=local, where every client trains alone"
+            )
 
     def parts(self, layout: Layout) -> dict[str, str]:
         return {} if self.private is None else {self.private: "private"}

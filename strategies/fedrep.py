@@ -4,6 +4,9 @@ Source: Collins et al., 2021, Algorithm 1, https://arxiv.org/abs/2102.07078; sta
 Departures:
     1. The head is trained for whole epochs; the paper counts its steps.
     2. The private heads of all clients start from the common initial model.
+    3. The representation makes the configured local work, and clients are averaged by their numbers of examples; in the
+       paper it makes one step, and all clients count alike (``client.epochs=null client.steps=1``,
+       ``strategy.weights=uniform``).
 """
 
 from __future__ import annotations

@@ -146,6 +146,7 @@ REFUSED: list[tuple[str, str]] = [
     ("partition.num_clients=0", "partition.num_clients must be a whole number of at least 1"),
     ("partition.num_clients=2.0", "got 2.0"),
     ("partition.alpha=nan", "partition.alpha must be a number in (0, inf]"),
+    ("partition.holdout=null", "partition.holdout must be a number in [0, 1), or test, got null"),
     ("partition.holdout=1.5", "partition.holdout must be a number in [0, 1), or test, got 1.5"),
     ("participation=fraction participation.fraction=2", "participation.fraction must be a number in (0, 1], got 2"),
     ("model.hidden=5", "model.hidden must be a list of positive whole numbers, such as [200, 200], got 5"),

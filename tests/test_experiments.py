@@ -283,7 +283,9 @@ def test_the_network_of_the_table_has_the_published_size() -> None:
 # They run
 
 
-def images(folder: Path, shape: tuple[int, ...], image: str, labels: list[int], **columns: list[int]) -> None:
+def images(
+    folder: Path, shape: tuple[int, ...], image: str, labels: list[int], label: str = "label", **columns: list[int]
+) -> None:
     """Writes a set of random images as Parquet files, the same columns for training and testing."""
     import datasets
     from PIL import Image
@@ -292,7 +294,7 @@ def images(folder: Path, shape: tuple[int, ...], image: str, labels: list[int], 
     folder.mkdir(parents=True)
     pixels = np.random.default_rng(0)
     names = [str(c) for c in range(max(labels) + 1)]
-    features = {image: datasets.Image(), "label": datasets.ClassLabel(names=names)}
+    features = {image: datasets.Image(), label: datasets.ClassLabel(names=names)}
     features |= dict.fromkeys(columns, datasets.Value("int64"))
     for split in ("train", "test"):
         cells = []
@@ -301,7 +303,7 @@ def images(folder: Path, shape: tuple[int, ...], image: str, labels: list[int], 
             Image.fromarray(pixels.integers(0, 256, shape, dtype=np.uint8)).save(buffer, "PNG")
             cells.append({"bytes": buffer.getvalue(), "path": None})
         rows = datasets.Dataset.from_dict(
-            {image: cells, "label": labels, **columns}, features=datasets.Features(features)
+            {image: cells, label: labels, **columns}, features=datasets.Features(features)
         )
         rows.to_parquet(folder / f"{split}-00000-of-00001.parquet")
 
@@ -310,10 +312,12 @@ TEN = [i % 10 for i in range(200)]
 #: Random data for the sets that presets name.
 SETS: dict[str, Callable[[Path], None]] = {
     "uoft-cs/cifar10": lambda root: images(root, (32, 32, 3), "img", TEN[:10]),
-    "uoft-cs/cifar100": lambda root: images(root, (32, 32, 3), "img", TEN[:10], fine_label=[*range(10)]),
+    "uoft-cs/cifar100": lambda root: images(root, (32, 32, 3), "img", TEN[:10], "fine_label"),
     "ylecun/mnist": lambda root: images(root, (28, 28), "image", TEN),
     "zalando-datasets/fashion_mnist": lambda root: images(root, (28, 28), "image", TEN),
-    "flwrlabs/femnist": lambda root: images(root, (28, 28), "image", TEN[:60], writer_id=[i // 20 for i in range(60)]),
+    "flwrlabs/femnist": lambda root: images(
+        root, (28, 28), "image", TEN[:60], "character", writer_id=[i // 20 for i in range(60)]
+    ),
     "me/set": lambda root: images(root, (50, 60, 3), "image", [0, 1] * 3, site=[0, 0, 1, 1, 2, 2]),
 }
 ONE_STEP = ["client.epochs=null", "client.steps=1"]
@@ -328,15 +332,20 @@ SMALL = {
     "fedlex_mnist_pathological": [*ONE_STEP, "strategy.explore_epochs=1"],
     "autoflip_mnist": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=5"],
     "autoflip_cifar10": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=5", "partition.holdout=0"],
-    "autoflip_cifar100": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=1", "data.label=label"],
-    "autoflip_femnist": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=1", "data.label=label"],
+    "autoflip_cifar100": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=1"],
+    "autoflip_femnist": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=1"],
+    **{n: [*ONE_STEP, "data.imbalance=10"] for n in PRESETS if n.startswith("longtail_fashion_mnist")},
+    **{n: [*ONE_STEP, "data.imbalance=10", "strategy.sse_steps=10"] for n in PRESETS if n.endswith("mnist_fedloge")},
+    **{n: [*ONE_STEP] for n in PRESETS if n.startswith("personal_fashion_mnist")},
+    "pruning_fashion_mnist": ONE_STEP,
+    "pruning_fashion_mnist_autoflip": [*ONE_STEP, "strategy.explore_epochs=1"],
     "fedld_images": ["data.size=32"],
     "fedld_images_official": ["data.size=32"],
 }
 
 
 #: Presets that differ from another by a number or the strategy.
-SIMILAR = [n for n in PRESETS if n in (*CIFAR[1:], LOGE[1], *FLIP[1:]) or n.startswith("methods_fashion_mnist_")]
+SIMILAR = [n for n in PRESETS if n in (*CIFAR[1:], LOGE[1], *FLIP[1:]) or "_fashion_mnist_" in n]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SIMILAR else ()) for n in PRESETS])

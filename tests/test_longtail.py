@@ -26,7 +26,7 @@ from fedsim.engine.wire import pack, unpack
 from fedsim.errors import ConfigError
 from fedsim.evaluation import by_group, group_accuracy
 from fedsim.experiment import Shared, build, rebuild
-from fedsim.longtail import cut, groups, local_tests, long_tailed
+from fedsim.longtail import cut, groups, local_tests, long_tailed, profile
 from fedsim.report.compare import compare
 from tests.cli import Fedsim
 from tests.helpers import Run, configure, drive
@@ -61,6 +61,11 @@ def part_of(lists: list[list[int]]) -> Partition:
 
 
 # --- class sizes ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("imbalance", [3, 7, 49, 60, 1000])
+def test_a_whole_smallest_class_is_not_lost_to_rounding(imbalance: int) -> None:
+    assert [profile(k * imbalance, 10, imbalance)[-1] for k in (1, 2, 100)] == [1, 2, 100]
 
 
 @pytest.mark.parametrize(

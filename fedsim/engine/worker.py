@@ -120,6 +120,10 @@ class Worker:
             # The rows are taken after `finish`, which may still assign to memory.
             entries = local._hooks.finish(w)
             new = local.lane_rows(w)
+            for i, rows in enumerate(new):
+                for name, kept in rows.items():
+                    if kept.is_floating_point():
+                        _finite(f"memory.{name.partition('.')[2]}", kept.sum(dtype=torch.float64), i)
         if "buffers" in entries:
             raise ClientError("'buffers' names the network's own statistics; give your entry another name")
         if buffers is not None:
@@ -394,14 +398,14 @@ def _prepared(
             value = entry.value[i : i + 1]
             if entry.kind == "stack":
                 # The sum is finite only if every number is: cheaper than isfinite, and nothing overflows float64.
-                _finite(name, value.double().sum(), i)
+                _finite(f"entry '{name}'", value.double().sum(), i)
                 own.append(_keep(value[0]))
                 tree.feed(h, (name, value))
                 continue
             weight = entry.weight if entry.weight is None or len(entry.weight) == 1 else entry.weight[i : i + 1]
             num_examples = torch.tensor([[float(made.num_examples)]], dtype=torch.float64, device=value.device)
             term = leaf(replace(entry, value=value, weight=weight), num_examples)
-            _finite(name, term[0].sum(), i)
+            _finite(f"entry '{name}'", term[0].sum(), i)
             tree.feed(h, (name, entry.kind, term))
             if name in leaves:
                 term = tuple(a.add_(b) for a, b in zip(leaves[name], term, strict=True))
@@ -456,9 +460,9 @@ def _check_vector(w: object, local: Local) -> None:
         raise ClientError(f"work() must return parameters of shape {shape}, got {got}")
 
 
-def _finite(name: str, total: Tensor, i: int) -> None:
+def _finite(what: str, total: Tensor, i: int) -> None:
     if not bool(total.isfinite()):
-        text = f"entry '{name}' is not finite; lower client.lr, or bound the step with client.clip_norm"
+        text = f"{what} is not finite; lower client.lr, or bound the step with client.clip_norm"
         raise ClientError(text).in_lane(i)
 
 
