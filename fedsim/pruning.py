@@ -57,7 +57,7 @@ def mask_of(scores: Tensor, share: float, rule: str = "quantile") -> Tensor:
     if rule == "absolute":
         return scores >= share
     # No score lies between the two ranks that a quantile interpolates, so the lower one says the same, to the bit.
-    return scores > _ranked(scores, math.floor(share * (len(scores) - 1)))
+    return scores > _ranked(scores, math.floor(share * (len(scores) - 1) + 1e-9))  # 0.7 * 90 is 62.99...
 
 
 def empty_tensors(mask: Tensor, layout: Layout) -> tuple[str, ...]:

@@ -56,9 +56,6 @@ class Recall(ClientHalf):
 
     batched: ClassVar = True
 
-    def memory(self, local: Local) -> dict[str, Tensor]:
-        return {"spread": torch.zeros_like(local.start)}  # of one whose exploration failed
-
     def work(self, local: Local) -> Tensor:
         return local.start
 
@@ -119,6 +116,11 @@ class AutoFLIP(Masked):
         state = super().init(info, w)
         return FlipState(state.w, state.v, state.M, w.new_zeros(0), ())
 
+    def memory(self, local: Local) -> dict[str, Tensor]:
+        # An explorer's own: where all explore, what every client keeps.
+        keeps = self.threshold > 0 and self.mask_scope == "participants" and self.explorers == 1
+        return {"spread": torch.zeros_like(local.start)} if keeps else {}
+
     def prepare(self, fed: Federation, state: FlipState) -> FlipState:
         super().prepare(fed, state)
         if not self.threshold and not self.warm_start:
@@ -126,8 +128,8 @@ class AutoFLIP(Masked):
         who = choose_explorers(fed, self.explorers)
         own = self.threshold > 0 and self.mask_scope == "participants"
         half = Explorer(self.explore_epochs, self.patience, keep=own)
-        spread, explored = explore(fed, state.w, who, half, self.sequential)
-        state = replace(state, w=explored if self.warm_start else state.w, explorers=tuple(who))
+        spread, explored, answered = explore(fed, state.w, who, half, self.sequential)
+        state = replace(state, w=explored if self.warm_start else state.w, explorers=answered)
         if own:
             return replace(state, D=spread.to(state.w))
         return self.pruned(fed, state, guidance(spread, fed.layout)) if self.threshold else state

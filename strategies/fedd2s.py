@@ -11,7 +11,8 @@ Departures:
     3. Where examples are capped (``max_per_class``), a client's first ones of every class take part; the others have no
        soft label of their own, and train without.
     4. A class's mean soft label is that of the latest round in which somebody sent the class.
-    5. A client without soft labels of its own gets the whole table of classes: nobody else knows its labels.
+    5. A client without soft labels of its own gets the whole table of classes: nobody else knows its labels; with
+       ``teacher=class`` every client gets it, in every visit.
 """
 
 from __future__ import annotations

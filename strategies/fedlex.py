@@ -92,7 +92,9 @@ def choose_explorers(fed: Federation, share: float) -> list[int]:
     return sorted(torch.randperm(fed.num_clients, generator=fed.generator("explorers"))[:count].tolist())
 
 
-def explore(fed: Federation, base: Tensor, who: list[int], half: Explorer, sequential: bool) -> tuple[Tensor, Tensor]:
+def explore(
+    fed: Federation, base: Tensor, who: list[int], half: Explorer, sequential: bool
+) -> tuple[Tensor, Tensor, tuple[int, ...]]:
     """Lets clients explore from ``base``.
 
     Args:
@@ -104,15 +106,16 @@ def explore(fed: Federation, base: Tensor, who: list[int], half: Explorer, seque
 
     Returns:
         The squared displacement of every parameter, averaged over explorers (if ``sequential`` that of the whole walk),
-        float64 ``[d]``, and the mean of the explored models (the last one), ``[d]``.
+        float64 ``[d]``, the mean of the explored models (the last one), ``[d]``, and who explored: a run may leave out
+        clients that fail.
     """
     if not sequential:
         answer = fed.train(who, None, half=half, send={"w": base}, phase="explore")
-        return answer["spread"], (base + answer["delta"]).to(base)
+        return answer["spread"], (base + answer["delta"]).to(base), answer.clients
     w = base
     for client in who:
         w = (w + fed.train([client], None, half=half, send={"w": w}, phase="explore")["delta"]).to(base)
-    return (w.double() - base).square(), w
+    return (w.double() - base).square(), w, tuple(who)
 
 
 @dataclass(frozen=True)
@@ -208,7 +211,7 @@ class FedLEx(FedAvg):
             answer = fed.train(who[:1], None, half=half, send=sent, epochs=self.base_epochs, phase="base")
             base = (base + answer["delta"]).to(base)
         own = self.guidance_scope == "participants"
-        spread, explored = explore(
+        spread, explored, _ = explore(
             fed, base, who, Explorer(self.explore_epochs, self.patience, keep=own), self.sequential
         )
         G = state.G if own else guidance(spread, fed.layout).to(state.G)

@@ -86,7 +86,7 @@ def sse_c(num_classes: int, dim: int, beta: float, tau: float, steps: int, gener
     C = num_classes
     M = etf(C, dim, generator).T.float().contiguous()
     kept = torch.ones(C * dim)
-    kept[torch.randperm(C * dim, generator=generator)[: math.floor(beta * dim * C)]] = 0
+    kept[torch.randperm(C * dim, generator=generator)[: math.floor(beta * dim * C + 1e-9)]] = 0
     kept = kept.view(C, dim)
     require(bool(kept.any(1).all()), "strategy.beta", f"smaller: a class keeps none of its {dim} weights", beta)
     w = (M * kept).view(1, -1)
@@ -108,6 +108,7 @@ def kept_sse_c(num_classes: int, dim: int, beta: float, tau: float, steps: int, 
     key = hashlib.sha256(repr((*what, torch.backends.cpu.get_cpu_capability())).encode()).hexdigest()
     if (found := cache.read("sse-c", key)) is not None:
         return found[0]["W"].clone()
+    log.info("building the fixed classifier: %d steps", steps)
     W = sse_c(num_classes, dim, beta, tau, steps, info.generator("sse_c"))
     if steps >= 1000:
         cache.write("sse-c", key, {"W": W}, {})

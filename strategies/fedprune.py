@@ -225,6 +225,11 @@ class FedPrune(Masked):
         if self.redraw and self.by != "random":
             raise ConfigError("strategy.redraw=true is for strategy.by=random; a mask by magnitude is made once")
 
+    def init(self, info: Info, w: Tensor) -> MaskedState:
+        if self.threshold and self.start > info.rounds:
+            log.warning("strategy.start=%d is after the last of %d rounds: nothing is pruned", self.start, info.rounds)
+        return super().init(info, w)
+
     def scores(self, fed: Federation, state: MaskedState, who: list[int]) -> Tensor | None:
         if fed.round_num < self.start or (fed.round_num > self.start and not self.redraw):
             return None

@@ -28,7 +28,7 @@ from fedsim.reduce import Entry
 from fedsim.run import Driver
 from fedsim.strategies import autoflip
 from fedsim.strategies.autoflip import AutoFLIP, FlipState
-from fedsim.strategies.fedlex import guidance
+from fedsim.strategies.fedlex import Explorer, guidance
 from fedsim.strategies.fedprune import Masked
 from fedsim.vector import Layout
 from tests.helpers import Run, batches, configure, drive, flat, module_of, quadratics
@@ -474,7 +474,7 @@ def test_a_bias_that_survives_is_folded_before_the_round(tmp_path: Path, monkeyp
         scores = some_units_low(layout)
         for name in layout.names:
             if name.endswith("bias"):
-                layout.views(scores)[name][:] = 1.0 - torch.rand(1).double() * 1e-3
+                layout.views(scores)[name][:] = 1.0 - 1e-3 / len(name)
         return scores
 
     scored(biased, monkeypatch)
@@ -702,3 +702,21 @@ def test_the_smallest_and_the_wholly_pruned_state_are_named_in_the_metrics(tmp_p
     record = done.records[-1]
     assert record["density"] == 1 - (math.floor(0.3 * (d - 1)) + 1) / d
     assert record["flops_measured"] == 2 * (64 * 12 + 12 * 8 + 8 * 10) > record["flops_theoretical"]
+
+
+def test_a_client_whose_exploration_failed_is_no_explorer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Its zeros would be taken for "nothing moved", and nothing pruned in the rounds that have no other client.
+    work = Explorer.work
+
+    def failing(self: Explorer, local: Local) -> Tensor:
+        if local.clients == (1,):
+            raise RuntimeError("cannot")
+        return work(self, local)
+
+    monkeypatch.setattr(Explorer, "work", failing)
+    one = {"_target_": "fedsim.clients.participation.Fixed", "clients_per_round": 1}
+    values = {"participation": one, "rounds": 10, "engine.on_failure": "skip", "client.batching": "off"}
+    found = drive(config(values=values, threshold=0.5, structured="off", explorers=1.0), tmp_path)
+    assert found.driver.progress.state.explorers == (0, 2, 3, 4, 5, 6)
+    assert 1 in found.driver.memory.clients()  # it took part in a round
+    assert all(0.4 < record["density"] < 0.51 for record in found.records)

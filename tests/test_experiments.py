@@ -234,7 +234,7 @@ def test_the_fedd2s_preset_has_the_settings_of_its_head() -> None:
     client, method, part = config["client"], config["strategy"], config["partition"]
     assert (config["rounds"], client["epochs"], client["batch_size"]) == (100, 5, 64)
     assert (client["optimizer"], client["lr"], client["momentum"], client["lr_decay"]) == ("sgd", 0.01, 0.9, 1.0)
-    assert (method["dropping"], method["stage_rounds"], method["temperature"]) == ([4, 3, 2, 1], 20, 3.0)
+    assert (method["dropping"], method["stage_rounds"], method["temperature"]) == (None, 20, 3.0)
     assert (method["lam_g"], method["lam_l"], method["server_lr"], method["server_epochs"]) == (1.0, 0.3, 1e-3, 20)
     assert (part["num_clients"], part["alpha"], part["holdout"]) == (20, 0.5, "test")
     assert config["participation"]["fraction"] == 0.5

@@ -267,7 +267,7 @@ def test_an_exploration_depends_on_nobody_else(tmp_path: Path) -> None:
         settings = config(values={**RAGGED, **values}, explore_epochs=4, guidance_scope="participants")
         with federated(settings, tmp_path / name) as (fed, exp):
             for who in calls:
-                spread, _ = explore(fed, exp.program.network.initial, [*who], half, sequential=False)
+                spread = explore(fed, exp.program.network.initial, [*who], half, sequential=False)[0]
             return spreads(fed), guidance(spread, fed.layout)
 
     together, G = found("together", [range(6)])
