@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from hydra.utils import get_class
 from torch import Tensor, nn
 
 from fedsim import random
@@ -143,6 +144,19 @@ def configure(overrides: Sequence[str] = (), values: Mapping[str, Any] | None = 
             continue
         node[last] = copy.deepcopy(value)
     return config
+
+
+def kind(name: str) -> type[Strategy]:
+    """The class of a strategy of ``conf/strategy``."""
+    found = get_class(configure((f"strategy={name}",))["strategy"]["_target_"])
+    assert issubclass(found, Strategy)
+    return found
+
+
+def suited(name: str) -> dict[str, Any]:
+    """Values for `configure` under which a strategy runs, and takes seconds: `Strategy.needs` and `Strategy.quick`."""
+    cls = kind(name)
+    return {**cls.needs, **{f"strategy.{k}": v for k, v in cls.quick.items()}}
 
 
 def drive(config: Config, folder: Path, resume: Path | None = None) -> Run:

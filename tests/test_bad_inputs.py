@@ -85,7 +85,7 @@ REFUSED: list[tuple[str, str]] = [
     ("tracker=[console,wandbb]", "tracker has no option 'wandbb'"),
     ("tracker=null", "for no tracker at all write tracker=[]"),
     ("recipe=[nothing]", "recipe has no option 'nothing'"),
-    ("experiment=nope", "experiment has no option 'nope'; it has: centralized"),
+    ("experiment=nope", "experiment has no option 'nope'; it has: autoflip_cifar10"),
     ("hydra.run.dir=x", "hydra.run.dir=x has no effect without -m"),
     # overrides that cannot be read
     ("'client.lr=[0.1'", "cannot read the override 'client.lr=[0.1': it must be key=value"),

@@ -13,7 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-from hydra.utils import get_class
 from safetensors.torch import load, save
 from torch import Tensor
 
@@ -29,7 +28,7 @@ from fedsim.reduce import Entry, Reduced, Rows, Sized
 from fedsim.rounds import finalizes
 from fedsim.run import Driver
 from fedsim.strategy import SERVER, Strategy
-from tests.helpers import Interrupted, Run, configure, drive, quadratics
+from tests.helpers import Interrupted, Run, configure, drive, kind, quadratics, suited
 
 NAMES = sorted(path.stem for path in (CONF / "strategy").glob("*.yaml"))
 ENGINES = ["inline", pytest.param("ray", marks=pytest.mark.slow)]
@@ -40,17 +39,10 @@ every_engine = pytest.mark.parametrize("engine", ENGINES)
 Configure = Callable[..., Config]
 
 
-def kind(name: str) -> type[Strategy]:
-    """The class of a strategy."""
-    found = get_class(configure((f"strategy={name}",))["strategy"]["_target_"])
-    assert issubclass(found, Strategy)
-    return found
-
-
 def config(name: str, values: Mapping[str, Any] | None = None, engine: str = "inline", **options: Any) -> Config:
     """The config of a method: what it needs, its quick options, then ``options`` of its own, then any values."""
-    own = {f"strategy.{k}": v for k, v in {**kind(name).quick, **options}.items()}
-    return configure((f"strategy={name}", f"engine={engine}"), {**kind(name).needs, **own, **(values or {})})
+    own = {f"strategy.{k}": v for k, v in options.items()}
+    return configure((f"strategy={name}", f"engine={engine}"), {**suited(name), **own, **(values or {})})
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -26,7 +26,7 @@ from fedsim.strategies.fedavg import FedAvg
 from fedsim.strategy import Grad
 from fedsim.vector import Layout
 from fedsim.visits import read
-from tests.helpers import Run, configure, drive
+from tests.helpers import Run, configure, drive, suited
 from tests.test_replay import METHODS
 
 pytest.importorskip("ray")
@@ -64,10 +64,11 @@ def same(a: Run, b: Run) -> None:
 
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_has_the_bits_of_one_process(name: str, tmp_path: Path) -> None:
-    expected = run("inline", tmp_path, f"strategy={name}")
-    got = run("ray", tmp_path, f"strategy={name}")
+    expected = run("inline", tmp_path, f"strategy={name}", values=suited(name))
+    got = run("ray", tmp_path, f"strategy={name}", values=suited(name))
     same(got, expected)
-    visits = [list(read(r.result.run_dir / "visits.csv")) for r in (expected, got)]
+    # As text: the mean loss of a visit without steps is NaN, which is equal to nothing.
+    visits = [[*map(repr, read(r.result.run_dir / "visits.csv"))] for r in (expected, got)]
     assert visits[0] == visits[1] and visits[0]
 
 
@@ -75,7 +76,8 @@ def test_every_strategy_has_the_bits_of_one_process(name: str, tmp_path: Path) -
 @pytest.mark.parametrize("workers", [1, 4])
 @pytest.mark.parametrize("name", STRATEGIES)
 def test_every_strategy_has_these_bits_with_any_number_of_workers(name: str, workers: int, tmp_path: Path) -> None:
-    same(run("ray", tmp_path, f"strategy={name}", workers=workers), run("inline", tmp_path, f"strategy={name}"))
+    got = run("ray", tmp_path, f"strategy={name}", workers=workers, values=suited(name))
+    same(got, run("inline", tmp_path, f"strategy={name}", values=suited(name)))
 
 
 @dataclass(frozen=True)
