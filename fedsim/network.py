@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import ConfigError
-from fedsim.parts import Blocks, blocks_of
+from fedsim.parts import Block, Blocks, blocks_of
 from fedsim.stacked import Stack
 from fedsim.vector import Layout, float_buffers, trainable
 
@@ -75,9 +75,14 @@ class Network:
         return Stack.of(self.module)
 
     @cached_property
+    def block_names(self) -> tuple[Block, ...]:
+        """Names of the modules of each of its blocks."""
+        return blocks_of(self.module, "a method that looks between blocks")
+
+    @cached_property
     def blocks(self) -> Blocks:
         """The network as one that gives the output of each of its blocks."""
-        return Blocks(self.module, blocks_of(self.module, "a method that looks between blocks"))
+        return Blocks(self.module, self.block_names)
 
     @property
     def mixes(self) -> bool:

@@ -22,7 +22,7 @@ from fedsim import random
 from fedsim.data import Clients, Dataset, Shard, Split
 from fedsim.errors import ConfigError
 from fedsim.network import Network
-from fedsim.parts import Block, blocks_of, redraw, tail_of
+from fedsim.parts import Block, redraw, tail_of
 from fedsim.reduce import Entry, nbytes
 from fedsim.strategy import SERVER, ClientHalf, Grad, Model, Strategy
 from fedsim.vector import trainable
@@ -294,7 +294,7 @@ class Program:
     @property
     def blocks(self) -> tuple[Block, ...]:
         """Names of the modules of each of the network's blocks."""
-        return blocks_of(self.network.module, "a method that cuts between blocks")
+        return self.network.block_names
 
     def tail(self, first: int) -> Network:
         """The network's blocks from number ``first`` on (from 0) as a network of their own, its weights drawn anew."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,9 @@ from torch.nn.utils import prune
 
 from fedsim import federation, rounds
 from fedsim.clients.local import Local
-from fedsim.engine.inline import InlineEngine
 from fedsim.errors import ConfigError
-from fedsim.experiment import Experiment, build
+from fedsim.experiment import build
 from fedsim.federation import Federation
-from fedsim.memory import Memory
 from fedsim.pruning import Chain
 from fedsim.reduce import Entry
 from fedsim.run import Driver
@@ -32,7 +29,7 @@ from fedsim.strategies.fedlex import Explorer, guidance
 from fedsim.strategies.fedprune import Masked
 from fedsim.vector import Layout
 from tests.helpers import Run, batches, configure, drive, flat, module_of, quadratics
-from tests.test_fedlex import LR, SIZES, START, A, C, X, cohorts, explored, weights_of
+from tests.test_fedlex import LR, SIZES, START, A, C, X, cohorts, explored, federated, weights_of
 
 EVERYBODY = {"participation": {"_target_": "fedsim.clients.participation.All"}}
 BRIEF: dict[str, Any] = {"explore_epochs": 2, "patience": 1}
@@ -64,19 +61,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-@contextmanager
-def federated(settings: dict[str, Any], folder: Path) -> Iterator[tuple[Federation, Experiment]]:
-    """A federation in this process before its first round."""
-    exp = build(settings)
-    engine = InlineEngine(exp.program)
-    try:
-        fed = Federation(exp.program, engine, exp.participation, exp.system, Memory(folder))
-        fed.begin_round(0)
-        yield fed, exp
-    finally:
-        engine.close()
 
 
 def states(settings: dict[str, Any], folder: Path, count: int) -> tuple[list[Any], Federation]:
