@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 
@@ -17,7 +17,11 @@ from fedsim.errors import ConfigError
 
 
 class Participation(Protocol):
-    """What a round asks of a participation rule."""
+    """What a round asks of a participation rule.
+
+    Where clients are not always available, those of a cohort that are not there are left out. A rule that is to have
+    others in their place says so: ``refills: ClassVar[bool] = True``.
+    """
 
     def check(self, num_clients: int) -> None:
         """Refuse, before any work, a population that the rule cannot draw from.
@@ -80,6 +84,8 @@ class Fraction:
         ConfigError: ``fraction`` is out of range.
     """
 
+    refills: ClassVar[bool] = True
+
     fraction: float
 
     def __post_init__(self) -> None:
@@ -105,6 +111,8 @@ class Fixed:
     Raises:
         ConfigError: ``clients_per_round`` is not a positive whole number.
     """
+
+    refills: ClassVar[bool] = True
 
     clients_per_round: int
 

@@ -30,6 +30,7 @@ fedsim: simulated federated learning
   fedsim partition [key=value ...]  look at a partition     fedsim partition partition.alpha=0.1
   fedsim compare <run> ...          table of several runs   fedsim compare runs/fedavg-digits runs/fedprox-digits
   fedsim report <run> ...           page about runs         fedsim report runs/fedavg-digits runs/fedprox-digits
+  fedsim timeline <run> ...         who worked when         fedsim timeline runs/fedavg-digits runs/fedcompass-digits
   fedsim replay <run> <which>       one visit alone         fedsim replay runs/fedavg-digits/2026... round=7 client=42
   fedsim cluster up|down|status     a local Ray cluster     fedsim cluster up nodes=2 cpus=1
   fedsim doctor                     is all well here?       fedsim doctor
@@ -386,11 +387,33 @@ def _words(args: Sequence[str], command: str, *keys: str) -> tuple[list[Path], d
 
 
 def _compare(args: list[str]) -> None:
-    runs, given = _words(args, "compare", "target", "format")
-    from fedsim.report.compare import compare, shown_as, target
+    runs, given = _words(args, "compare", "target", "relative_to", "format", "picture")
+    from fedsim.report.compare import compare, draw, shown_as, target
 
     style = shown_as(given.get("format", "text"))
-    compare(runs, target(given["target"]) if "target" in given else None).show(style)
+    picture = _picture(given, "picture")
+    table = compare(runs, target(given["target"]) if "target" in given else None, given.get("relative_to", ""))
+    if picture is not None:
+        draw(table, picture)
+    table.show(style)
+
+
+def _picture(given: dict[str, str], key: str) -> Path | None:
+    """The file that a user wants a picture in.
+
+    Raises:
+        ConfigError: It is no picture's name, or in a folder that is not there.
+    """
+    if key not in given:
+        return None
+    path, formats = Path(given[key]).expanduser(), (".png", ".pdf", ".svg")
+    if path.is_dir():
+        raise ConfigError(f"{key}={path} is a folder; name a file, such as {key}={path / 'figure.png'}")
+    if path.suffix.lower() not in formats:
+        raise ConfigError(f"{key}={path}: a picture's name must end in {', '.join(formats)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"{key}={path}: there is no folder {path.parent}; make it first, or choose another")
+    return path
 
 
 def _report(args: list[str]) -> None:
@@ -398,6 +421,14 @@ def _report(args: list[str]) -> None:
     from fedsim.report.html import write_report
 
     print(write_report(runs, Path(given["out"]).expanduser() if "out" in given else None))
+
+
+def _timeline(args: list[str]) -> None:
+    runs, given = _words(args, "timeline", "out", "seconds")
+    out = _picture(given, "out") or Path("timeline.png")
+    from fedsim.report.timeline import command
+
+    command(runs, out, given.get("seconds"))
 
 
 def _replay(args: list[str]) -> None:
@@ -479,8 +510,11 @@ fedsim compare <run> ...: a table of runs; runs that differ by seed alone become
 A run is a run directory, or a folder with run directories in it. In bold: the best of a column, among rows with the
 same partition. Runs must be finished (unfinished ones of a folder are left out), and of the same data.
 
-  target=<accuracy>     adds rounds and bytes until a test accuracy (a fraction) was first reached: target=0.9
+  target=<accuracy>     adds virtual time, rounds, bytes and contributions (visits that came back) until a test
+                        accuracy (a fraction) was first reached: target=0.9
+  relative_to=<name>    adds that virtual time as a multiple of the one of a strategy: relative_to=fedcompass
   format=<kind>         text (default), markdown, or csv, which has every number to 12 digits
+  picture=<file>        draws test accuracy against virtual time, a line per row: picture=time.png, .pdf or .svg
 """,
     ),
     "report": (
@@ -492,6 +526,20 @@ A run is a run directory, or a folder with run directories in it; unfinished one
 file holds its pictures and needs no network. A run that finishes has its own report already.
 
   out=<file>.html       where to; default: report.html in the run directory, or in the folder that holds all runs
+""",
+    ),
+    "timeline": (
+        _timeline,
+        """\
+fedsim timeline <run> ...: a picture of which client worked when, in virtual time, and how much the clients waited
+
+A run is a run directory, or a folder with run directories in it; unfinished ones are drawn as far as they came.
+Several runs stand below each other on one axis of time. At most 40 clients are drawn, from the fastest to the slowest,
+and of a long run its beginning; the picture says so. Idle: not at work, because a client waited, was away, or was
+not chosen. A run that finishes has its own figures/timeline.png, and timeline.csv with the time of every client.
+
+  out=<file>            where to: .png, .pdf or .svg; default: timeline.png
+  seconds=<number>      how much of the virtual time is drawn, from the beginning: seconds=100
 """,
     ),
     "replay": (

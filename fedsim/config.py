@@ -28,6 +28,7 @@ GROUPS = (
     "client",
     "participation",
     "system",
+    "availability",
     "engine",
     "eval",
     "tracker",
@@ -42,6 +43,8 @@ NEUTRAL = ("engine", "tracker", "run_dir", "resume", "name", "checkpoint", "roun
 ENGINE = ("device", "threads", "on_failure", "max_retries", "memory_budget")
 #: Keys of the group ``data`` that are not the source's own arguments.
 DATA = ("augment", "validation", "imbalance")
+#: Keys of the group ``participation`` that are not the rule's own arguments.
+PARTICIPATION = ("deadline", "over_selection")
 RESUMABLE = ("engine", "tracker", "checkpoint", "rounds", "data.root")
 CONF = Path(__file__).parent / "conf"
 
@@ -227,7 +230,10 @@ SCHEMA: dict[str, Check] = {
     "client.drop_last": _flag,
     "client.buffers": _choice("mean", "local", "frozen"),
     "participation": _target,
+    "participation.deadline": _number("(0, inf)", null=True),
+    "participation.over_selection": _number("[1, inf)"),
     "system": _target,
+    "availability": _target,
     "engine": _target,
     "engine.device": _device,
     "engine.threads": _integer(1),
@@ -237,10 +243,13 @@ SCHEMA: dict[str, Check] = {
     "eval.every": _integer(1),
     "eval.clients": _eval_clients,
     "eval.finetune_epochs": _integer(0),
+    "eval.virtual_seconds": _number("(0, inf)", null=True),
+    "eval.target_accuracy": _number("(0, 1]", null=True),
     "tracker": _named_targets,
     "stop.target_accuracy": _number("(0, 1]", null=True),
     "stop.patience": _integer(1, null=True),
     "stop.virtual_seconds": _number("(0, inf)", null=True),
+    "stop.contributions": _integer(1, null=True),
     "checkpoint.every": _integer(0),
     "checkpoint.seconds": _number("[0, inf)"),
     "checkpoint.keep": _integer(2, null=True),
@@ -248,7 +257,15 @@ SCHEMA: dict[str, Check] = {
 }
 OPEN = {key for key, check in SCHEMA.items() if check in (_target, _named_targets)}
 #: Keys that older runs' configs lack: as if null.
-LATER = ("data.imbalance",)
+LATER = (
+    "data.imbalance",
+    "availability",
+    "participation.deadline",
+    "participation.over_selection",
+    "eval.virtual_seconds",
+    "eval.target_accuracy",
+    "stop.contributions",
+)
 
 
 def check(config: Config) -> None:

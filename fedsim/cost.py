@@ -12,7 +12,6 @@ from fedsim.engine.base import Task
 from fedsim.engine.inline import InlineEngine
 from fedsim.engine.worker import Worker
 from fedsim.experiment import Experiment
-from fedsim.federation import Federation
 from fedsim.memory import Memory
 from fedsim.random import numpy_generator
 from fedsim.reduce import tensors_in
@@ -39,7 +38,7 @@ def estimate(exp: Experiment) -> dict[str, Any]:
     engine = InlineEngine(program, exp.config["engine"]["threads"])
     try:
         state = program.strategy.init(exp.info, program.network.initial.clone())
-        fed = Federation(program, engine, exp.participation, exp.system, Memory(Path("unused")))
+        fed = exp.federation(engine, Memory(Path("unused")))
         fed.begin_round(1)
         client = cohort[0]
         down, later = fed.cost_down(state, client)

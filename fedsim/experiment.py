@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from fedsim import batching, random
 from fedsim import config as conf
+from fedsim.attendance import check_deadline
+from fedsim.clients.availability import Always
 from fedsim.clients.optimizers import SGD, Adagrad, Adam, AdamW, Optimizer, TorchOptimizer
 from fedsim.clients.visit import ClientOptions
 from fedsim.compose import requested
@@ -27,8 +29,12 @@ from fedsim.strategy import ClientHalf, Info, Strategy
 from fedsim.vector import Layout, trainable
 
 if TYPE_CHECKING:
+    from fedsim.clients.availability import Availability
     from fedsim.clients.participation import Participation
     from fedsim.clients.systems import System
+    from fedsim.engine.base import Engine
+    from fedsim.federation import Federation
+    from fedsim.memory import Memory
     from fedsim.run import Result
     from fedsim.tracking import Tracker
 
@@ -42,6 +48,7 @@ class Experiment:
         program: Network, data and method.
         participation: Who takes part.
         system: How long it takes.
+        availability: When clients are there.
         trackers: Who is told.
         partition: The partition, or None where clients generate their own data.
         info: What the strategy is told at the start.
@@ -51,6 +58,7 @@ class Experiment:
     program: Program
     participation: Participation
     system: System
+    availability: Availability
     trackers: tuple[Tracker, ...]
     partition: Partition | None
     info: Info
@@ -61,6 +69,16 @@ class Experiment:
         named: str | None = self.config["name"]
         return named or f"{_short(self.config['strategy'])}-{self.program.dataset.name}".lower()
 
+    def federation(self, engine: Engine, memory: Memory) -> Federation:
+        """The federation, before its first round."""
+        from fedsim.attendance import Limits
+        from fedsim.federation import Federation
+
+        limits = {key: value for key, value in self.config["participation"].items() if key in conf.PARTICIPATION}
+        return Federation(
+            self.program, engine, self.participation, self.system, memory, self.availability, Limits(**limits)
+        )
+
     def describe(self) -> dict[str, str]:
         """What runs, for people."""
         c, p = self.config, self.program
@@ -70,13 +88,21 @@ class Experiment:
             "partition": "the data's own clients" if c["partition"] is None else _fields(c["partition"]),
             "model": f"{_short(c['model'])}, {p.layout.d:,} parameters",
             "client": _client(c["client"]),
-            "participation": f"{_fields(c['participation'])} of {len(p.clients):,} clients",
+            "participation": f"{_fields(c['participation'], over_selection=1.0)} of {len(p.clients):,} clients",
+            "devices": self._devices(),
             "rounds": str(c["rounds"]),
             "engine": f"{_short(c['engine'])} on {c['engine']['device']}, seed {c['seed']}",
         }
         if p.recipes:
             rows["recipe"] = ", ".join(name for name, _ in p.recipes)
         return rows
+
+    def _devices(self) -> str:
+        """How fast clients are, and when they are there."""
+        usual = {"jitter": 0.0, "dropout": 0.0}
+        there = self.config.get("availability")
+        text = _fields(self.config["system"], **usual)
+        return text if there is None or _short(there) == "Always" else f"{text}, {_fields(there)}"
 
     def _imbalance(self) -> str:
         imbalance, y = self.config["data"].get("imbalance"), self.program.dataset.train.y
@@ -138,17 +164,32 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     program = Program(strategy, recipes, module, dataset, clients, _move(server, config), options, seed)
     strategy.check_network(program.network, options)
     config = batching.chosen(config, program)
-    participation, system = (
-        instantiate(config["participation"], "participation"),
-        instantiate(config["system"], "system"),
-    )
+    rule = {k: v for k, v in config["participation"].items() if k not in conf.PARTICIPATION}
+    participation, system = instantiate(rule, "participation"), instantiate(config["system"], "system")
     participation.check(len(clients))
+    availability = Always() if config.get("availability") is None else instantiate(config["availability"], "availability")
+    availability.check(len(clients))
     info = Info(len(clients), dataset.num_classes, program.layout, seed, config["rounds"], config["client"]["lr"])
     trackers = tuple(instantiate(node, f"tracker.{name}") for name, node in config["tracker"].items())
     for tracker in trackers:
         if check := getattr(tracker, "check", None):
             check()
-    return Experiment(config, program, participation, system, trackers, partition, info)
+    exp = Experiment(config, program, participation, system, availability, trackers, partition, info)
+    _check_deadline(exp)
+    return exp
+
+
+def _check_deadline(exp: Experiment) -> None:
+    """Refuses a deadline that nobody can meet, where that can be seen beforehand."""
+    deadline, p, jitter = exp.config["participation"].get("deadline"), exp.program, getattr(exp.system, "jitter", 1.0)
+    if deadline is None or jitter or type(p.strategy).work is not ClientHalf.work:
+        return
+    sizes, size = p.clients.sizes(), 4 * p.shared_size
+    planned = [p.strategy.planned_steps(p.options, int(n)) for n in sizes]
+    check_deadline(
+        deadline,
+        min(exp.system.duration_ns(i, 1, n, size, size, exp.config["seed"]) for i, n in enumerate(planned)),
+    )
 
 
 @dataclass(frozen=True)
@@ -443,8 +484,10 @@ def _short(node: Mapping[str, Any]) -> str:
     return str(node["_target_"]).rpartition(".")[2]
 
 
-def _fields(node: Mapping[str, Any]) -> str:
-    shown = ", ".join(f"{k}={v}" for k, v in node.items() if not k.startswith("_") and v is not None)
+def _fields(node: Mapping[str, Any], **usual: Any) -> str:
+    """A plug-in's options, without those that are null or ``usual``."""
+    kept = {k: v for k, v in node.items() if v is not None and (k not in usual or v != usual[k])}
+    shown = ", ".join(f"{k}={v}" for k, v in kept.items() if not k.startswith("_"))
     return _short(node) + (f" ({shown})" if shown else "")
 
 

@@ -5,11 +5,12 @@ A strategy sees clients and reduced entries; pieces, workers, memory rows and by
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -17,7 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsim import random, tree
+from fedsim.attendance import TRIES, Attendance, Ended, Limits, attend, is_there, select
 from fedsim.batching import together
+from fedsim.clients.availability import Always, Availability, Trip, trip
 from fedsim.clients.participation import Participation
 from fedsim.clients.systems import System
 from fedsim.clients.visit import ClientOptions
@@ -27,11 +30,13 @@ from fedsim.engine.base import Done, Engine, EvalTask, Outcome, Score, Task
 from fedsim.engine.collector import Collector
 from fedsim.errors import ClientError, RunError
 from fedsim.evaluation import merge, metrics
+from fedsim.flights import Flight, Flights, Snapshot
 from fedsim.memory import Memory
 from fedsim.network import Network
 from fedsim.parts import Block
 from fedsim.program import Program
 from fedsim.reduce import Reduced, Sized, lane, nbytes
+from fedsim.schedule import Schedule, drawn
 from fedsim.strategy import SERVER, ClientHalf, Strategy
 from fedsim.vector import Layout
 from fedsim.visits import Record
@@ -54,6 +59,8 @@ class Round:
         bytes_up: Bytes sent by clients.
         clients: Visits.
         failures: Visits that failed; the round went on without them.
+        dropouts: Visits whose clients lost their work.
+        late: Visits that a deadline or over-selection cut off.
         retries: Visits that were made again because they had failed.
         steps: Local steps.
         examples: Examples processed, repeats counted.
@@ -68,6 +75,8 @@ class Round:
     bytes_up: int = 0
     clients: int = 0
     failures: int = 0
+    dropouts: int = 0
+    late: int = 0
     retries: int = 0
     steps: int = 0
     examples: int = 0
@@ -83,11 +92,14 @@ class Event:
     """Something that happened in virtual time.
 
     Attributes:
-        kind: ``arrival`` or ``timer``.
+        kind: ``arrival``; ``dropout``: a client can be reached again and has lost its task, or failed and is skipped;
+            or ``timer``.
         time: When, in nanoseconds.
-        client: Who arrived; None for a timer.
-        tag: The tag of a timer; None for an arrival.
-        update: The arrived client's entries, reduced over itself; None if it was dispatched without training.
+        client: Who arrived or dropped out; None for a timer.
+        tag: The tag of a timer; None otherwise.
+        update: The arrived client's entries, reduced over itself; None otherwise.
+        steps: Local steps that it made.
+        buffers: Its batch-norm statistics, if those of clients are averaged.
     """
 
     kind: str
@@ -95,33 +107,8 @@ class Event:
     client: int | None = None
     tag: str | int | None = None
     update: Reduced | None = None
-
-
-@dataclass(frozen=True)
-class Flight:
-    """A task under way: enough to compute it again after a resume.
-
-    Attributes:
-        client: Client id.
-        visit: The client's task number.
-        round_num: Round in which it was handed out.
-        steps: Local steps, or None for the configured work.
-        sent: What went down.
-        unicast: What went down to this client alone.
-        marks: Digests of the `once` payloads that are new to the client, by memory row.
-        train: Whether anything is computed.
-        down: Bytes that were sent to the client.
-    """
-
-    client: int
-    visit: int
-    round_num: int
-    steps: int | None
-    sent: dict[str, Any]
-    unicast: dict[str, Any]
-    marks: dict[str, Tensor]
-    train: bool
-    down: int
+    steps: int = 0
+    buffers: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -133,14 +120,12 @@ class Piece:
         old: The clients' memory rows.
         down: Bytes sent to each client.
         marks: Memory rows that say which `once` payloads each client now has.
-        charged: Whether the bytes down are in the books already.
     """
 
     task: Task
     old: list[dict[str, Tensor]]
     down: list[int]
     marks: list[dict[str, Tensor]]
-    charged: bool = False
 
 
 @dataclass
@@ -153,8 +138,11 @@ class Federation:
         participation: Who takes part.
         system: How long it takes.
         memory: What clients keep.
+        availability: When clients are there.
+        limits: What ends a round before all of its clients are back.
         log: Metrics of the method's own for the current round: ``fed.log["name"] = value``.
         round_num: Number of the current round, from 1; 0 in `Strategy.prepare`.
+        schedule: The timetable of an event-driven method; a checkpoint holds it.
     """
 
     program: Program
@@ -162,15 +150,20 @@ class Federation:
     participation: Participation
     system: System
     memory: Memory
+    availability: Availability = field(default_factory=Always)
+    limits: Limits = field(default_factory=Limits)
     log: dict[str, Any] = field(default_factory=dict)
     round_num: int = 0
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         self._clock = Clock()
         self._round = Round()
         self._calls: dict[str, int] = {}
-        self._flights: dict[int, Flight] = {}
-        self._tickets: dict[int, Any] = {}
+        self._needed: dict[tuple[int, ...], int] = {}  # of a cohort with more clients than are waited for
+        self._flights = Flights(max(4 * self.engine.slots, self._most))
+        self._latest = Snapshot({})
+        self._fruitless = 0  # tasks lost since one came back
         self._digests: dict[str, tuple[Any, int]] = {}
         self._pace: dict[str, float] = {}  # seconds per planned step, by phase, as last measured
         self.buffers = self.program.network.initial_buffers if self.program.network.buffer_layout.d else None
@@ -178,6 +171,10 @@ class Federation:
     @cached_property
     def _sizes(self) -> IntArray:
         return self.program.clients.sizes()
+
+    @cached_property
+    def _num_examples(self) -> int:
+        return int(self._sizes.sum())
 
     # --- what a strategy asks -------------------------------------------------------------------------
 
@@ -220,16 +217,30 @@ class Federation:
         """Virtual time in nanoseconds."""
         return self._clock.now
 
+    def share(self, client: int) -> float:
+        """A client's share of all training examples."""
+        return int(self._sizes[client]) / self._num_examples
+
     def generator(self, purpose: str, *index: int | str) -> torch.Generator:
         """A stream of the server's own random numbers for this round."""
         return random.generator(self.seed, purpose, "server", self.round_num, *index)
 
     def sample(self) -> list[int]:
-        """The round's cohort, in id order; a second call in a round draws another."""
+        """The round's cohort, in id order, of clients that are available; a second call in a round draws another.
+
+        If nobody is available, time passes until somebody is.
+
+        Raises:
+            Ended: Nobody will be.
+        """
         call = self._count("sample")
-        return self.participation.sample(
-            self.num_clients, random.numpy_generator(self.seed, "participation", self.round_num, call)
+        rng = random.numpy_generator(self.seed, "participation", self.round_num, call)
+        cohort, needed, since = select(
+            self.participation, self.availability, self.limits, self.num_clients, self.now, self.seed, rng
         )
+        self._clock.advance(since - self.now)
+        self._needed[tuple(cohort)] = needed
+        return cohort
 
     def train(
         self,
@@ -257,18 +268,20 @@ class Federation:
                 is sent must fit it.
 
         Returns:
-            The entries, reduced in an order that does not depend on the engine.
+            The entries of the clients that came back, reduced in an order that does not depend on the engine.
 
         Raises:
             ClientError: Local training failed.
+            RunError: Nobody came back, however often they were asked.
         """
         cohort = tuple(sorted(int(c) for c in clients))
         self._check_clients(cohort)
-        call = self._count(f"train.{phase}")
-        visit: int | str = self.round_num if call == 0 else f"{self.round_num}.{call}"
         program = self.program if model is None else self.program.variant(model)
         strategy = self.program.strategy
         sent, charges = self._payload(strategy.broadcast(state) if send is None else send, program)
+        planned = {client: self._planned(client, steps, epochs, program) for client in cohort}
+        cohort, visit, attendance = self._attend(cohort, phase, planned, None if send is not None else state, charges)
+        planned = {client: planned[client] for client in cohort}
         handle = self.engine.put(sent)
         waiting: dict[Any, Piece] = {}
         finished: list[tuple[Piece, list[Done], int]] = []
@@ -286,7 +299,6 @@ class Federation:
             slim = replace(piece, old=[], marks=[], task=replace(piece.task, memory=(), unicast={}))
             finished.append((slim, outcome.done, outcome.retries))
 
-        planned = {client: self._planned(client, steps, epochs, program) for client in cohort}
         by_epochs = steps is None and (epochs is not None or program.options.epochs is not None)
         hooks = program.hooks if half is None else program.phase_hooks(half)
         groups = together(program, hooks, planned, self._sizes, by_epochs)
@@ -318,37 +330,43 @@ class Federation:
             take()
         self._pace[phase] = max(sum(seconds), 1e-9) / sum(p + 1 for p in planned.values())
         finished.sort(key=lambda f: f[0].task.first_leaf)  # sums must not depend on who was first
-        self._clock.advance(max(self._adopt(*f) for f in finished))
+        ends = [self._adopt(*f, planned, attendance) for f in finished]
+        close = attendance.close if attendance is not None and attendance.lost else max(ends)
+        self._clock.advance(close - self.now)
         failed = {c for piece, done, _ in finished for c, d in zip(piece.task.clients, done, strict=True) if d.error}
         if len(failed) == len(cohort):
             raise ClientError(f"round {self.round_num}: all clients failed; {finished[0][1][0].error}")
         cohort = tuple(c for c in cohort if c not in failed)
-        return self._reduced(collector, cohort, program, adopt=phase == "train" and program is self.program)
+        reduced, buffers = self._reduced(collector, cohort, program)
+        if buffers is not None and self.buffers is not None and phase == "train" and program is self.program:
+            self.buffers = buffers.to(self.buffers.dtype)
+        return reduced
 
-    def dispatch(self, client: int, state: Any, steps: int | None = None, *, train: bool = True) -> int:
-        """Hands a task to one client; it arrives as an event. At most one task per client is under way.
+    def dispatch(self, client: int, state: Any, steps: int | None = None) -> int | None:
+        """Hands a task to one client; it comes back as an event. At most one task per client is under way.
 
         Args:
             client: Client id.
             state: Server state that it starts from.
             steps: Local steps; default: the configured work.
-            train: False: only time passes (to simulate a schedule).
 
         Returns:
-            When it will arrive, in nanoseconds: by the planned steps, and an upload of one parameter vector.
+            When it will be heard of again, in nanoseconds: by the planned steps, and an upload of one parameter
+            vector; None: never, the client leaves for good.
 
         Raises:
-            RunError: The network has batch norms whose statistics would be averaged: over whom, at an arrival?
+            RunError: The network has batch norms whose statistics would be averaged, and no `schedule` says over whom.
         """
-        if self.buffers is not None and train and self.program.options.buffers == "mean":
+        if self.buffers is not None and self.program.options.buffers == "mean" and self.schedule is None:
             raise RunError(
-                "event-driven strategies do not average batch-norm statistics; set client.buffers=local or frozen, "
+                "this event-driven strategy does not average batch-norm statistics; set client.buffers=local or frozen, "
                 "or choose a model without batch norm"
             )
         client = int(client)
         self._check_clients((client,))
-        strategy = self.program.strategy
-        sent, charges = self._payload(strategy.broadcast(state))
+        sent, charges = self._payload(self.program.strategy.broadcast(state))
+        if not self._latest.is_of(sent):
+            self._latest = Snapshot(sent)
         # Counted in the client's memory: what a checkpoint writes must not follow the number of clients ever touched.
         (row,) = self.memory.get((client,))
         visit = int(row.get("task.count", 0)) + 1
@@ -356,44 +374,87 @@ class Federation:
         task = Task((client,), (f"task.{visit}",), sent, self.round_num, steps=steps)
         piece = self._piece(task, charges, self._own(state, (client,), f"task.{visit}"), self.program)
         planned = self._planned(client, steps, None, self.program)
-        bytes_up = 4 * self.program.shared_size
-        arrival = self.now + self.system.duration_ns(client, visit, planned, piece.down[0], bytes_up, self.seed)
-        self._round.bytes_down += piece.down[0]
-        down = piece.down[0]
-        self._launch(
-            Flight(client, visit, self.round_num, steps, sent, piece.task.unicast, piece.marks[0], train, down)
+        way = self._trip(client, visit, planned, piece.down[0], self.program)
+        down = 0 if way is None else piece.down[0]
+        self._round.bytes_down += down
+        begin, end, finished, back = (self.now, self.now, False, None) if way is None else astuple(way)
+        flight = Flight(
+            client,
+            visit,
+            self.round_num,
+            steps,
+            self._latest,
+            piece.task.unicast,
+            piece.marks[0],
+            down,
+            begin,
+            end,
+            finished,
+            back,
         )
-        self._clock.schedule(arrival, "arrival", client)
-        return arrival
+        self._flights.add(flight)
+        if back is None:
+            log.info("client %d leaves for good at %g virtual seconds", client, end / 1e9)
+            self._lose(flight, "dropout")
+        else:
+            self._clock.schedule(back, "arrival", client)
+        return back
+
+    def idle(self) -> int | None:
+        """A client without a task, drawn at random among those that are available; None if all are at work.
+
+        If nobody of many that were tried is available, it is one that will be.
+        """
+        assert self.schedule is not None
+        self.schedule.draws += 1
+        there = functools.partial(is_there, self.availability, now=self.now, seed=self.seed)
+        return drawn(self.seed, self.schedule.draws, self.num_clients, self._flights.under_way, there)
 
     def timer(self, time: int, tag: str | int) -> None:
         """Asks for an event at ``time`` (nanoseconds) with this tag."""
         self._clock.schedule(time, "timer", tag)
 
     def next_event(self) -> Event:
-        """The next arrival or timer; virtual time moves to it. The order does not depend on real speed.
+        """The next event; virtual time moves to it. The order does not depend on real speed.
 
         Raises:
             RunError: Nothing is under way and no timer is set.
+            Ended: All clients at work have left for good.
+            ClientError: Local training failed.
         """
+        if not len(self._clock) and self._flights.under_way:
+            raise Ended("no client is available any more")
+        for flight in self._flights.due():
+            self._submit(flight)
         event = self._clock.pop()
         if event.kind == "timer":
             return Event("timer", event.time, tag=event.key)
         client = int(event.key)
-        flight = self._flights.pop(client)
-        if not flight.train:
-            return Event("arrival", event.time, client)
-        piece, ticket = self._tickets.pop(client)
+        flight = self._flights.under_way[client]
+        if flight.finished and client not in self._flights.tickets:
+            self._submit(flight)
+        del self._flights.under_way[client]
+        if not flight.finished:
+            return self._lose(flight, "dropout")
+        piece, ticket = self._flights.tickets.pop(client)
         outcome = self.engine.result(ticket)
-        if (error := outcome.done[0].error) is not None:
-            raise ClientError(f"{error} (an event-driven strategy cannot go on without it)").of(
-                flight.round_num, client, "train", f"task.{flight.visit}"
-            )
+        self._round.retries += outcome.retries
+        done = outcome.done[0]
+        if done.error is not None:  # it may be skipped
+            log.warning("left out: %s", done.error)
+            return self._lose(flight, "failed")
+        self._fruitless = 0
         self._keep(piece, outcome)
-        self._adopt(piece, outcome.done, outcome.retries)
+        self._book(piece, 0, done, flight.begin, flight.end)
         collector = Collector(self.program, 1, (client,))
         collector.add(outcome, 0)
-        return Event("arrival", event.time, client, update=self._reduced(collector, (client,), self.program, False))
+        update, buffers = self._reduced(collector, (client,), self.program)
+        return Event("arrival", event.time, client, update=update, steps=done.steps, buffers=buffers)
+
+    def submit_all(self) -> None:
+        """Gives the engine all tasks under way, however late they are due."""
+        for flight in self._flights.due(every=True):
+            self._submit(flight)
 
     def evaluate(self, state: Any, split: str = "test") -> dict[str, Any]:
         """Scores the global model.
@@ -445,7 +506,7 @@ class Federation:
 
     def begin_round(self, number: int) -> None:
         """Starts round ``number``: counters and the method's own metrics start anew."""
-        self.round_num, self._round, self.log, self._calls = number, Round(), {}, {}
+        self.round_num, self._round, self.log, self._calls, self._needed = number, Round(), {}, {}, {}
 
     @property
     def done(self) -> Round:
@@ -459,32 +520,15 @@ class Federation:
 
     def state(self) -> dict[str, Any]:
         """All that a resume needs besides server state and memory; equal payloads under way are kept once."""
-        payloads: list[dict[str, Any]] = []
-        hashes: dict[tuple[tuple[str, int], ...], str] = {}
-        places: dict[str, int] = {}
-        flights = []
-        for f in self._flights.values():
-            same = tuple((name, id(value)) for name, value in f.sent.items())
-            if same not in hashes:
-                hashes[same] = tree.sha256(f.sent)
-            # By content, not by identity: after a resume equal payloads are other objects, and hashes must not change.
-            if (place := places.setdefault(hashes[same], len(payloads))) == len(payloads):
-                payloads.append(f.sent)
-            flights.append((f.client, f.visit, f.round_num, f.steps, place, f.unicast, f.marks, f.train, f.down))
-        return {
-            "clock": self._clock.state(),
-            "flights": flights,
-            "payloads": payloads,
-            "buffers": self.buffers,
-        }
+        flights, payloads = self._flights.saved()
+        out = {"clock": self._clock.state(), "flights": flights, "payloads": payloads, "buffers": self.buffers}
+        return out if self.schedule is None else out | {"schedule": self.schedule}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Goes back to a saved state; tasks that were under way are handed out again."""
         self._clock = Clock.restore(saved["clock"])
-        self.buffers = saved["buffers"]
-        self._flights, self._tickets = {}, {}
-        for client, visit, round_num, steps, place, *rest in saved["flights"]:
-            self._launch(Flight(client, visit, round_num, steps, saved["payloads"][place], *rest))
+        self.buffers, self.schedule = saved["buffers"], saved.get("schedule")
+        self._flights = Flights.restored(self._flights.ahead, saved["flights"], saved["payloads"])
 
     def payload(self, state: Any) -> dict[str, Any]:
         """What evaluation starts from: the broadcast of ``state``, and the global model if it does not have it."""
@@ -523,10 +567,8 @@ class Federation:
         for c in clients:
             if c != SERVER and not 0 <= c < self.num_clients:
                 raise RunError(f"round {self.round_num}: client {c} does not exist; there are {self.num_clients}")
-            if c in self._flights:
-                raise RunError(
-                    f"client {c} is still at work on its task {self._flights[c].visit}; wait for its arrival"
-                )
+            if (flight := self._flights.under_way.get(c)) is not None:
+                raise RunError(f"client {c} is still at work on its task {flight.visit}; wait for its arrival")
         if len(set(clients)) < len(clients):
             twice = next(c for c in clients if clients.count(c) > 1)
             raise RunError(
@@ -591,15 +633,93 @@ class Federation:
         memory = tuple({k: v for k, v in row.items() if not k.startswith(("sent.", "task."))} for row in old)
         return Piece(replace(task, memory=memory, unicast=unicast), old, down, marks)
 
-    def _launch(self, flight: Flight) -> None:
-        self._flights[flight.client] = flight
-        if flight.train:
-            sent = self.engine.put(flight.sent)
-            task = Task((flight.client,), (f"task.{flight.visit}",), sent, flight.round_num, steps=flight.steps)
-            piece = self._piece(task, [], [], self.program)
-            task = replace(piece.task, unicast=flight.unicast)
-            piece = replace(piece, task=task, marks=[flight.marks], down=[flight.down], charged=True)
-            self._tickets[flight.client] = (piece, self.engine.submit(piece.task))
+    def _submit(self, flight: Flight) -> None:
+        """Gives a task under way to the engine."""
+        sent = flight.snapshot.at(self.engine)
+        task = Task((flight.client,), (f"task.{flight.visit}",), sent, flight.round_num, steps=flight.steps)
+        piece = self._piece(task, [], [], self.program)
+        task = replace(piece.task, unicast=flight.unicast)
+        piece = replace(piece, task=task, marks=[flight.marks], down=[flight.down])
+        self._flights.tickets[flight.client] = (piece, self.engine.submit(task))
+
+    def _lose(self, flight: Flight, outcome: str) -> Event:
+        """Books a task of which nothing comes back.
+
+        Raises:
+            RunError: Nothing has for very long.
+        """
+        self._miss(flight.client, "train", f"task.{flight.visit}", flight.round_num, flight.down, outcome)
+        self._round.visits[-1] = replace(self._round.visits[-1], begin=flight.begin, end=flight.end)
+        self._fruitless += 1
+        if self._fruitless > max(1000, 100 * len(self._flights.under_way)):
+            raise RunError(
+                f"the latest {self._fruitless:,} tasks were all lost: nothing comes back from clients; lower "
+                "system.dropout, or look at availability and at the failures in visits.csv"
+            )
+        return Event("dropout", self.now, flight.client)
+
+    def _miss(self, client: int, phase: str, visit: str, round_num: int, down: int, outcome: str) -> None:
+        """Counts a visit that brought nothing."""
+        counter = {"dropout": "dropouts", "late": "late", "failed": "failures"}[outcome]
+        setattr(self._round, counter, getattr(self._round, counter) + 1)
+        self._round.visits.append(
+            Record(
+                round_num, client, phase, visit, 0, 0, math.nan, down, 0, "", "", self.round_num, outcome=outcome
+            )
+        )
+
+    def _trip(self, client: int, visit: int | str, steps: int, down: int, program: Program, up: int = -1) -> Trip | None:
+        """Where a client is when, if it is given a task now; ``up``: bytes that it sends, if they are known."""
+        up = 4 * program.shared_size if up < 0 else up
+        return trip(self.system, self.availability, client, visit, self.now, steps, down, up, self.seed)
+
+    def _attend(
+        self, cohort: tuple[int, ...], phase: str, planned: Mapping[int, int], state: Any, charges: list[Charge]
+    ) -> tuple[tuple[int, ...], int | str, Attendance | None]:
+        """Who of a cohort comes back, and the visit's name; those who do not are booked.
+
+        Where all do (always available, no deadline), there is no `Attendance`: nothing has to be known beforehand.
+
+        Args:
+            cohort: Who is asked.
+            phase: Name of the phase.
+            planned: Local steps of each.
+            state: Server state for `Strategy.unicast`; None: it is not asked.
+            charges: Of the broadcast.
+        """
+        needed = self._needed.get(cohort, len(cohort))
+        sure = isinstance(self.availability, Always) and getattr(self.system, "dropout", 1.0) == 0
+        asked = tuple(client for client in cohort if client != SERVER)
+        simple = not asked or (sure and self.limits.deadline is None and needed == len(cohort))
+        for _ in range(TRIES):
+            call = self._count(f"train.{phase}")
+            visit: int | str = self.round_num if call == 0 else f"{self.round_num}.{call}"
+            if simple:
+                return cohort, visit, None
+            down = {}
+            for client in asked:
+                own = [] if state is None else self._own(state, (client,), visit)
+                down[client] = self._piece(Task((client,), (visit,), {}, 0), charges, own, self.program).down[0]
+            trips = {client: self._trip(client, visit, planned[client], down[client], self.program) for client in asked}
+            found = attend(trips, needed, self.now, self.limits.deadline)
+            for client, outcome in sorted(found.lost.items()):
+                way = trips[client]
+                sent = 0 if way is None else down[client]
+                self._round.bytes_down += sent
+                self._miss(client, phase, str(visit), self.round_num, sent, outcome)
+                if way is not None:
+                    begin, end = min(way.begin, found.close), min(way.end, found.close)
+                    self._round.visits[-1] = replace(self._round.visits[-1], begin=begin, end=end)
+            if found.back:
+                back = tuple(client for client in cohort if client == SERVER or client in set(found.back))
+                return back, visit, found
+            self._clock.advance(max(found.close - self.now, 1))
+        deadline = self.limits.deadline
+        limit = "" if deadline is None else f" within participation.deadline={deadline:g} virtual seconds"
+        raise RunError(
+            f"round {self.round_num}: nobody of {len(asked)} clients came back{limit}, {TRIES} times in a row; "
+            f"{'raise it, or ' if limit else ''}look at availability and system.dropout"
+        )
 
     def _planned(self, client: int, steps: int | None, epochs: int | None, program: Program) -> int:
         """Local steps that a visit is expected to make: what pieces are cut by."""
@@ -622,56 +742,75 @@ class Federation:
         ]
         self.memory.put([client for client, _ in new], [row for _, row in new])
 
-    def _adopt(self, piece: Piece, made: list[Done], retries: int) -> int:
-        """Books a finished piece: bytes, losses. Returns how long its slowest client took, in nanoseconds."""
-        task, booked, slowest = piece.task, self._round, 0
-        booked.retries += retries
-        booked.bytes_down += 0 if piece.charged else sum(piece.down)
+    def _adopt(
+        self,
+        piece: Piece,
+        made: list[Done],
+        retries: int,
+        planned: Mapping[int, int],
+        attendance: Attendance | None,
+    ) -> int:
+        """Books a finished piece: bytes, losses. Returns when its slowest client was back, in nanoseconds."""
+        task, latest = piece.task, self.now
+        self._round.retries += retries
+        self._round.bytes_down += sum(piece.down)
         for i, (client, done) in enumerate(zip(task.clients, made, strict=True)):
             if done.error is not None:
                 log.warning("left out: %s", done.error)
-                booked.failures += 1
+                self._miss(client, task.phase, str(task.visits[i]), task.round_num, piece.down[i], "failed")
                 continue
-            booked.visits.append(self._record(piece, i, done))
-            booked.bytes_up += done.bytes_up
-            booked.steps += done.steps
-            booked.examples += done.examples
-            booked.gradients += done.gradients
-            if task.phase == "train":
-                booked.trained += done.scored
-                booked.loss += done.loss
-            if client != SERVER:
-                booked.clients += 1
-                booked.who.add(client)
-                took = self.system.duration_ns(
-                    client, self.round_num, done.steps, piece.down[i], done.bytes_up, self.seed
-                )
-                slowest = max(slowest, took)
-        return slowest
+            way = None if attendance is None else attendance.trips.get(client)
+            if client == SERVER:
+                way = Trip(self.now, self.now, True, self.now)
+            elif way is None or done.steps != planned[client]:  # what was really done counts
+                real = self._trip(client, task.visits[i], done.steps, piece.down[i], self.program, done.bytes_up)
+                way = real if way is None or (real is not None and real.finished) else way
+            assert way is not None
+            end = way.end if attendance is None or not attendance.lost else min(way.end, attendance.close)
+            self._book(piece, i, done, way.begin, end)
+            latest = max(latest, end)
+        return latest
 
-    def _record(self, piece: Piece, i: int, done: Done) -> Record:
-        task = piece.task
-        return Record(
-            task.round_num,
-            task.clients[i],
-            task.phase,
-            str(task.visits[i]),
-            done.steps,
-            done.examples,
-            done.loss / done.scored if done.scored else math.nan,
-            piece.down[i],
-            done.bytes_up,
-            done.entries,
-            done.kept,
-            self.round_num,
+    def _book(self, piece: Piece, i: int, done: Done, begin: int, end: int) -> None:
+        """Books a visit that came back."""
+        task, booked = piece.task, self._round
+        client = task.clients[i]
+        booked.visits.append(
+            Record(
+                task.round_num,
+                client,
+                task.phase,
+                str(task.visits[i]),
+                done.steps,
+                done.examples,
+                done.loss / done.scored if done.scored else math.nan,
+                piece.down[i],
+                done.bytes_up,
+                done.entries,
+                done.kept,
+                self.round_num,
+                begin,
+                end,
+            )
         )
+        booked.bytes_up += done.bytes_up
+        booked.steps += done.steps
+        booked.examples += done.examples
+        booked.gradients += done.gradients
+        if task.phase == "train":
+            booked.trained += done.scored
+            booked.loss += done.loss
+        if client != SERVER:
+            booked.clients += 1
+            booked.who.add(client)
 
-    def _reduced(self, collector: Collector, cohort: tuple[int, ...], program: Program, adopt: bool) -> Reduced:
-        """The reduced entries; ``adopt``: the mean of the clients' buffers becomes the federation's."""
+    def _reduced(
+        self, collector: Collector, cohort: tuple[int, ...], program: Program
+    ) -> tuple[Reduced, Tensor | None]:
+        """The reduced entries, and the mean of the clients' buffers."""
         values, num_examples = collector.values()
-        if (buffers := values.pop("buffers", None)) is not None and self.buffers is not None and adopt:
-            self.buffers = buffers.to(self.buffers.dtype)
-        return Reduced(values, program.layout, cohort, self.num_clients, num_examples)
+        buffers = values.pop("buffers", None)
+        return Reduced(values, program.layout, cohort, self.num_clients, num_examples), buffers
 
     def _run_all(self, tasks: Iterable[EvalTask]) -> list[Score]:
         scores: list[Score] = []

@@ -24,7 +24,8 @@ CONTRACTS: dict[str, type | tuple[str, ...]] = {
     "partition": ("__call__",),
     "model": nn.Module,
     "participation": ("check", "sample"),
-    "system": ("duration_ns",),
+    "system": ("duration_ns", "lost_at"),
+    "availability": ("check", "interval"),
     "engine": ("put", "submit", "wait", "result", "close"),
     "tracker": ("start", "log", "finish"),
 }

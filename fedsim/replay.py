@@ -27,7 +27,6 @@ from fedsim.engine.base import Done, EvalTask, Outcome, Task
 from fedsim.engine.inline import InlineEngine
 from fedsim.errors import ClientError, ConfigError, FedsimError, RunError, did_you_mean
 from fedsim.experiment import Experiment, build
-from fedsim.federation import Federation
 from fedsim.memory import Memory
 from fedsim.reduce import lane
 from fedsim.run import Progress
@@ -138,6 +137,8 @@ class _Wanted:
         last, events = 0, False
         for record in read(run.visits):
             last = max(last, record.booked)
+            if record.outcome != "done":  # nothing was computed, or nothing came of it
+                continue
             events |= record.visit.startswith("task.")
             if record.round == round_num:
                 (own if record.client == client else others).append(record)
@@ -217,7 +218,7 @@ def _rounds(exp: Experiment, run: RunDir, wanted: _Wanted, scratch: Path) -> lis
     memory = Memory(scratch, exp.config["checkpoint"]["memory"] == "disk")
     engine = _Alone(exp, wanted)
     try:
-        fed = Federation(exp.program, engine, exp.participation, exp.system, memory)
+        fed = exp.federation(engine, memory)
         number, state = 0, None
         if saved is not None:
             if saved["content"]["config"] != config_hash({**exp.config, "rounds": 0}):
@@ -231,6 +232,7 @@ def _rounds(exp: Experiment, run: RunDir, wanted: _Wanted, scratch: Path) -> lis
         while number < min(wanted.round, end):
             number += 1
             state = rounds.following(fed, state, number)
+        fed.submit_all()
         if wanted.round > number:
             rounds.final(fed, state, number)
     except _Found:

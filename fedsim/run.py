@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedsim import config as conf
 from fedsim import interrupt, random, rounds, tree
+from fedsim.attendance import Ended
 from fedsim.checkpoint import Checkpoints
 from fedsim.clients.local import Local
 from fedsim.clients.visit import Visit
@@ -31,7 +32,6 @@ from fedsim.engine.worker import lead, sent_to
 from fedsim.errors import ClientError, ConfigError, FedsimError, RunError, one_line
 from fedsim.evaluation import by_group, group_accuracy, metrics, spread
 from fedsim.experiment import Experiment, versions
-from fedsim.federation import Federation
 from fedsim.longtail import GROUPS, groups
 from fedsim.memory import Memory
 from fedsim.plugins import instantiate
@@ -45,7 +45,7 @@ from fedsim.visits import Visits
 
 log = logging.getLogger("fedsim")
 
-TOTALS = ("bytes_down", "bytes_up", "clients", "failures", "steps", "examples", "gradients")
+TOTALS = ("bytes_down", "bytes_up", "clients", "failures", "dropouts", "late", "steps", "examples", "gradients")
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Driver:
         self.strategy = exp.program.strategy
         on_disk, budget = exp.config["checkpoint"]["memory"] == "disk", exp.config["engine"]["memory_budget"]
         self.memory = Memory(run.checkpoints / "memory", on_disk, conf.num_bytes(budget))
-        self.fed = Federation(exp.program, engine, exp.participation, exp.system, self.memory)
+        self.fed = exp.federation(engine, self.memory)
         self.checkpoints = Checkpoints(run.checkpoints, self.memory, exp.config["checkpoint"]["keep"])
         first = (
             () if any(isinstance(t, Jsonl) for t in exp.trackers) else (Jsonl(),)
@@ -226,7 +226,11 @@ class Driver:
                 self._prepare()
             while p.round_num < self.rounds and not p.stopped:
                 interrupt.check()
-                record = self._round(p.round_num + 1)
+                try:
+                    record = self._round(p.round_num + 1)
+                except Ended as exc:
+                    self._end_early(exc)
+                    break
                 self.trackers.log({**record, "wall_seconds": round(self._elapsed(), 3)})
                 self._save_if_due()
             self._finalize()
@@ -236,6 +240,17 @@ class Driver:
         finally:
             self._visits.close()
         return self._finish()
+
+    def _end_early(self, why: Ended) -> None:
+        """Nobody is left to train: the latest global model is the last."""
+        p = self.progress
+        if not p.round_num:
+            raise RunError(f"round 1: {why}; look at availability") from why
+        p.stopped = f"{why} at {self.fed.virtual_seconds:g} virtual seconds"
+        self.fed.begin_round(p.round_num)
+        if p.latest.get("round") != p.round_num:
+            p.latest = self._evaluate(p.round_num)
+            self._note_best()
 
     def _note_failure(self, error: ClientError) -> None:
         """Says how to look at the visit alone; what it raised is kept for `fedsim.replay` to compare."""
@@ -315,6 +330,7 @@ class Driver:
 
     def _round(self, number: int) -> dict[str, Any]:
         p, fed = self.progress, self.fed
+        before = fed.virtual_seconds
         p.state = rounds.following(fed, p.state, number)
         p.round_num = number
         self._book()
@@ -327,13 +343,17 @@ class Driver:
             "bytes_up": done.bytes_up,
             "clients": done.clients,
             "failures": done.failures,
+            "dropouts": done.dropouts,
+            "late": done.late,
             "retries": done.retries,
             "train_loss": done.loss / done.trained if done.trained else None,
         }
-        limit = self.config["stop"]["virtual_seconds"]
+        limit, most = self.config["stop"]["virtual_seconds"], self.config["stop"].get("contributions")
         if limit is not None and fed.virtual_seconds >= limit:
             p.stopped = f"virtual time reached {limit:g} s"
-        due = number % self.config["eval"]["every"] == 0
+        if most is not None and p.totals["clients"] >= most:
+            p.stopped = f"{p.totals['clients']:,} visits came back"
+        due = self._evaluation_is_due(number, before)
         if due or number == self.rounds or p.stopped:
             p.latest = self._evaluate(number)
             record |= {k: v for k, v in p.latest.items() if k != "round" and not k.startswith("class_")}
@@ -348,6 +368,13 @@ class Driver:
                 before, count = p.logged.get(name, (0.0, 0))
                 p.logged[name] = (before + value, count + 1)
         return record | fed.log
+
+    def _evaluation_is_due(self, number: int, before: float) -> bool:
+        """Whether the model after round ``number``, which began at ``before`` virtual seconds, is scored."""
+        every = self.config["eval"].get("virtual_seconds")
+        if every is None:
+            return bool(number % self.config["eval"]["every"] == 0)
+        return int(self.fed.virtual_seconds // every) > int(before // every)
 
     def _book(self) -> None:
         """Books what the round did."""

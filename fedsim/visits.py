@@ -6,7 +6,7 @@ import csv
 import io
 import logging
 from collections.abc import Iterable, Iterator
-from dataclasses import astuple, dataclass, fields
+from dataclasses import MISSING, astuple, dataclass, fields
 from pathlib import Path
 
 from fedsim.errors import ConfigError
@@ -14,10 +14,14 @@ from fedsim.rundir import GrowingFile
 
 log = logging.getLogger(__name__)
 
+OUTCOMES = ("done", "dropout", "late", "failed")
+"""``dropout``: the client lost the task; ``late``: cut off by a deadline or over-selection; ``failed``: it raised.
+Nothing came back but from those that are done."""
+
 
 @dataclass(frozen=True)
 class Record:
-    """A visit that was made.
+    """A visit: made, or lost on the way.
 
     Attributes:
         round: The round in which it was handed out; 0 in `Strategy.prepare`, one past the last in `Strategy.finalize`.
@@ -32,6 +36,9 @@ class Record:
         entries: Fingerprint of what it sent (`fedsim.tree.fingerprint`).
         memory: Fingerprint of what it keeps.
         booked: The round in which it counted: that of an event-driven client's arrival.
+        begin: When the client took the task, in virtual nanoseconds since the start.
+        end: When its upload was through, or the task was lost.
+        outcome: One of `OUTCOMES`.
     """
 
     round: int
@@ -46,9 +53,13 @@ class Record:
     entries: str
     memory: str
     booked: int
+    begin: int = 0
+    end: int = 0
+    outcome: str = "done"
 
 
 HEADER = ",".join(f.name for f in fields(Record)) + "\n"
+LEAST = sum(f.default is MISSING for f in fields(Record))  # columns of a file from before there were more
 
 
 class Visits:
@@ -122,9 +133,10 @@ def _rows(path: Path, bad: list[str]) -> Iterator[Record]:
     whole = text[: text.rfind("\n") + 1]
     types = [{"int": int, "float": float, "str": str}[str(f.type)] for f in fields(Record)]
     for number, line in enumerate(whole.splitlines(), start=1):
-        if number == 1 and f"{line}\n" == HEADER:
+        cells = line.split(",")
+        if number == 1 and cells == HEADER.strip().split(",")[: max(LEAST, len(cells))]:
             continue
         try:
-            yield Record(*(kind(cell) for kind, cell in zip(types, line.split(","), strict=True)))
+            yield Record(*(kind(cell) for kind, cell in zip(types, cells, strict=len(cells) != LEAST)))
         except ValueError as exc:
             bad.append(f"{path}:{number}: damaged line ({str(exc)[:100]})")

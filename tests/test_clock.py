@@ -1,20 +1,16 @@
-"""Virtual time: exact, deterministic, and the same after a restore; durations of the system models."""
+"""Virtual time: exact, deterministic, and the same after a restore."""
 
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
-from fedsim.clients.systems import Homogeneous, System
 from fedsim.clock import Clock, Event, ns
-from fedsim.errors import ConfigError, RunError
+from fedsim.errors import RunError
 
 events = st.lists(
     st.tuples(st.integers(0, 5), st.sampled_from(["arrival", "timer"]), st.integers(0, 3) | st.sampled_from("ab")),
@@ -157,37 +153,3 @@ def test_the_queue_handles_many_events_a_second() -> None:
     for _ in range(count):
         clock.pop()
     assert time.perf_counter() - begin < 2.0
-
-
-def test_a_visit_takes_its_transfers_and_its_steps() -> None:
-    # 1e6 bytes are 8 megabits: 4 s down at 2 Mbps, 16 s up at 0.5 Mbps, and 30 steps of 0.1 s.
-    system: System = Homogeneous(seconds_per_step=0.1, download_mbps=2, upload_mbps=0.5)
-    duration = system.duration_ns(client=3, visit=1, steps=30, bytes_down=10**6, bytes_up=10**6, seed=0)
-    assert duration == 23 * 10**9
-    assert type(duration) is int
-
-
-def test_unlimited_transfers_and_zero_steps_take_no_time() -> None:
-    assert Homogeneous().duration_ns(0, 0, 100, 10**9, 10**9, 0) == 0
-    assert Homogeneous(0.01).duration_ns(0, 0, 0, 10**9, 10**9, 0) == 0
-
-
-@given(steps=st.integers(0, 10**6), client=st.integers(0, 10**6), visit=st.integers(0, 100), seed=st.integers(0, 9))
-@settings(deadline=None, derandomize=True)
-def test_homogeneous_clients_are_homogeneous(steps: int, client: int, visit: int, seed: int) -> None:
-    assert Homogeneous(0.01).duration_ns(client, visit, steps, 5, 5, seed) == steps * 10_000_000
-
-
-@pytest.mark.parametrize("value", [-0.1, math.nan, math.inf, "1", True])
-def test_impossible_systems_are_refused_by_config_key(value: Any) -> None:
-    with pytest.raises(ConfigError, match=r"system\.seconds_per_step must be a number of seconds >= 0"):
-        Homogeneous(value)
-    with pytest.raises(ConfigError, match=r"system\.download_mbps must be a positive number of megabits"):
-        Homogeneous(download_mbps=value)
-    with pytest.raises(ConfigError, match=r"system\.upload_mbps .* got 0"):
-        Homogeneous(upload_mbps=0)
-
-
-def test_the_config_builds_its_system() -> None:
-    path = Path(__file__).parents[1] / "conf" / "system" / "homogeneous.yaml"
-    assert instantiate(OmegaConf.load(path)) == Homogeneous(seconds_per_step=0.01)

@@ -577,22 +577,6 @@ def test_a_client_has_one_task_at_a_time(tmp_path: Path) -> None:
         fed.next_event()
 
 
-def test_a_task_may_only_pass_time(tmp_path: Path) -> None:
-    exp = build(configured("fedavg", {"client.epochs": None, "client.steps": 5}))
-    fed, state = federation(exp, tmp_path), State(exp.program.network.initial.clone())
-    assert fed.dispatch(2, state, train=False) == 50_000_000
-    event = fed.next_event()
-    assert (event.client, event.update, event.time) == (2, None, 50_000_000)
-    assert fed.memory.clients() == [2]
-    assert fed.memory.get([2])[0].keys() == {"task.count"}  # its tasks, counted
-    assert fed.done.steps == fed.done.bytes_up == 0
-    fed.dispatch(2, state, steps=1)
-    event = fed.next_event()
-    assert event.time == 60_000_000
-    assert event.update is not None
-    assert fed.done.steps == 1
-
-
 # --- recipes inside strategies ----------------------------------------------------------------------------
 
 CURVATURE, CENTRE, BEGIN = 1.5, -2.0, 0.75

@@ -66,6 +66,8 @@ def resnet(stages: list[int], stem: int, channels: int, classes: int, width: int
         (CNN, (3, 32, 32), 10, 2_156_490),
         (CNN, (3, 32, 32), 100, conv(3, 32) + conv(32, 64) + dense(64 * 8 * 8, 512) + dense(512, 100)),
         (CNN, (1, 8, 8), 10, conv(1, 32) + conv(32, 64) + dense(64 * 2 * 2, 512) + dense(512, 10)),
+        (functools.partial(CNN, padding=0), (1, 28, 28), 10, 582_026),  # known, as FedCompass' CNN
+        (functools.partial(CNN, padding=0), (3, 32, 32), 10, conv(3, 32) + conv(32, 64) + dense(1600, 512) + 5_130),
         (LeNet5, (1, 28, 28), 10, 61_706),  # known
         (LeNet5, (3, 32, 32), 10, 62_006),
         (TwoNN, (1, 24, 24), 10, 157_610),  # published
@@ -130,6 +132,21 @@ def test_models_run_under_vmap(make: Any) -> None:
     torch.testing.assert_close(together, one_by_one, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "sides"), [((1, 28, 28), [24, 12, 8, 4]), ((3, 32, 32), [28, 14, 10, 5]), ((1, 17, 17), [13, 6, 2, 1])]
+)
+def test_without_padding_a_convolution_takes_four_pixels_and_a_pooling_half(
+    shape: tuple[int, int, int], sides: list[int]
+) -> None:
+    x, found = torch.rand(2, *shape), []
+    for layer in CNN(shape, 10, padding=0).features:
+        x = layer(x)
+        if isinstance(layer, nn.Conv2d | nn.MaxPool2d):
+            found.append(tuple(x.shape))
+    assert found == [(2, c, side, side) for c, side in zip([32, 32, 64, 64], sides, strict=True)]
+    assert x.shape == (2, 512)
+
+
 def test_an_mlp_has_the_hidden_layers_asked_for() -> None:
     model = MLP((60,), 3, hidden=[5])
     assert sum(p.numel() for p in model.parameters()) == dense(60, 5) + dense(5, 3)
@@ -141,6 +158,9 @@ def test_an_mlp_has_the_hidden_layers_asked_for() -> None:
     [
         (lambda: CNN((60,), 10), r"model=cnn needs images .*\(60,\).*logreg"),
         (lambda: CNN((1, 3, 28), 10), r"at least 4x4.*3x28"),
+        (lambda: CNN((1, 15, 28), 10, padding=0), r"model=cnn model\.padding=0 .*at least 16x16.*15x28"),
+        (lambda: CNN((1, 28, 28), 10, padding=1), r"model\.padding must be 0 or 2, got 1"),
+        (lambda: CNN((1, 28, 28), 10, padding=2.0), r"model\.padding must be .*got 2\.0"),  # type: ignore[arg-type]
         (lambda: LeNet5((1, 8, 8), 10), r"model=lenet5 .*at least 12x12.*8x8"),
         (lambda: LeNet5((1, 28, 11), 10), r"at least 12x12.*28x11"),
         (lambda: MLP((60,), 10, hidden=[0]), r"model\.hidden"),
@@ -172,6 +192,7 @@ def test_what_does_not_fit_is_refused_with_the_smallest_size_that_does(make: Any
     ("make", "smallest"),
     [
         (CNN, 4),
+        (functools.partial(CNN, padding=0), 16),
         (LeNet5, 12),
         (TwoCNN, 6),
         (Blocks5, 8),

@@ -485,7 +485,7 @@ def test_another_config_damaged_files_and_no_run_are_said(
     (run / "visits.csv").write_text("round,client\n1,x\n")
     assert "visits.csv:1: damaged line" in fedsim("replay", str(run), *words).line
     lines = (finished / "visits.csv").read_text().splitlines(keepends=True)
-    (run / "visits.csv").write_text("".join(line for line in lines if not line.endswith(",3\n")))
+    (run / "visits.csv").write_text("".join(line for line in lines if line.split(",")[11] != "3"))
     assert "visits.csv ends with round 2 of 3: it is damaged" in fedsim("replay", str(run), *words).line
     shutil.copy(finished / "visits.csv", run)
     text = (run / "config.yaml").read_text()

@@ -13,12 +13,12 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, NamedTuple, TextIO, cast
 
 from fedsim.errors import ConfigError, did_you_mean
-from fedsim.report.runs import Group, Run, group, read_runs
+from fedsim.report.runs import Group, Run, group, option, read_runs
 from fedsim.report.text import align, human_bytes, human_seconds, number
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ class Row:
     Attributes:
         group: The runs, and what tells them from the others.
         stats: Dotted key of the summary (``final.test_accuracy``) to number; what not every run has is absent.
-            ``rounds_to`` and ``bytes_to`` are over the runs that reach the target.
+            The `GOALS` are over the runs that reach the target; ``time_ratio`` is of their mean times.
     """
 
     group: Group
@@ -99,30 +99,43 @@ def _count(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
-_ESSENTIAL = 2
+def _ratio(value: float) -> str:
+    return f"{value:.2f}"
+
+
+_ESSENTIAL = 3
 _COLUMNS = (
     _Column("final.test_accuracy", "final acc %", _accuracy, 1, rank=0),
-    _Column("best.test_accuracy", "best acc %", _accuracy, 1, rank=4),
-    _Column("final.validation_accuracy", "validation acc %", _accuracy, 1, rank=4),
-    _Column("final.test_accuracy_head", "head acc %", _accuracy, 1, rank=9),
-    _Column("final.test_accuracy_middle", "middle acc %", _accuracy, 1, rank=9),
-    _Column("final.test_accuracy_tail", "tail acc %", _accuracy, 1, rank=9),
-    _Column("final.personal_accuracy_mean", "personal acc %", _accuracy, 1, rank=5),
-    _Column("final.personal_accuracy_std", "personal acc std %", _accuracy, rank=10),
-    _Column("final.personal_accuracy_worst10", "personal worst 10 % acc %", _accuracy, 1, rank=10),
-    _Column("final.finetuned_accuracy_mean", "fine-tuned acc %", _accuracy, 1, rank=6),
-    _Column("final.client_accuracy_mean", "client acc %", _accuracy, 1, rank=7),
-    _Column("final.client_accuracy_worst10", "worst 10 % acc %", _accuracy, 1, rank=8),
-    _Column("final.test_loss", "final loss", number, -1, rank=3),
-    _Column("rounds", "rounds", _count, rank=11),
-    _Column("totals.bytes_down", "down", human_bytes, rank=12),
-    _Column("totals.bytes_up", "up", human_bytes, rank=13),
-    _Column("method_mean.density", "density", _count, rank=12),
-    _Column("method_mean.flops_theoretical", "FLOPs in theory", _count, rank=12),
-    _Column("method_mean.flops_measured", "FLOPs run", _count, rank=12),
-    _Column("totals.gradients", "gradients", _count, rank=14),
-    _Column("totals.wall_seconds", "wall", human_seconds, rank=15),
+    _Column("best.test_accuracy", "best acc %", _accuracy, 1, rank=6),
+    _Column("final.validation_accuracy", "validation acc %", _accuracy, 1, rank=6),
+    _Column("final.test_accuracy_head", "head acc %", _accuracy, 1, rank=11),
+    _Column("final.test_accuracy_middle", "middle acc %", _accuracy, 1, rank=11),
+    _Column("final.test_accuracy_tail", "tail acc %", _accuracy, 1, rank=11),
+    _Column("final.personal_accuracy_mean", "personal acc %", _accuracy, 1, rank=7),
+    _Column("final.personal_accuracy_std", "personal acc std %", _accuracy, rank=12),
+    _Column("final.personal_accuracy_worst10", "personal worst 10 % acc %", _accuracy, 1, rank=12),
+    _Column("final.finetuned_accuracy_mean", "fine-tuned acc %", _accuracy, 1, rank=8),
+    _Column("final.client_accuracy_mean", "client acc %", _accuracy, 1, rank=9),
+    _Column("final.client_accuracy_worst10", "worst 10 % acc %", _accuracy, 1, rank=10),
+    _Column("final.test_loss", "final loss", number, -1, rank=5),
+    _Column("rounds", "rounds", _count, rank=13),
+    _Column("totals.bytes_down", "down", human_bytes, rank=14),
+    _Column("totals.bytes_up", "up", human_bytes, rank=15),
+    _Column("method_mean.density", "density", _count, rank=14),
+    _Column("method_mean.flops_theoretical", "FLOPs in theory", _count, rank=14),
+    _Column("method_mean.flops_measured", "FLOPs run", _count, rank=14),
+    _Column("totals.gradients", "gradients", _count, rank=16),
+    _Column("totals.wall_seconds", "wall", human_seconds, rank=17),
 )
+_GOAL_COLUMNS = (
+    _Column("seconds_to", "virtual time to {goal}", human_seconds, -1, rank=1),
+    _Column("time_ratio", "time / {relative_to}", _ratio, -1, rank=1),
+    _Column("rounds_to", "rounds to {goal}", _count, -1, rank=2),
+    _Column("bytes_to", "bytes to {goal}", human_bytes, -1, rank=3),
+    _Column("contributions_to", "contributions to {goal}", _count, -1, rank=4),
+)
+GOALS = ("rounds_to", "bytes_to", "seconds_to", "contributions_to")
+"""What it took until a target was first reached: rounds, bytes, virtual seconds, visits of clients that came back."""
 
 
 @dataclass(frozen=True)
@@ -131,13 +144,15 @@ class Table:
 
     Attributes:
         rows: In the order in which their first runs were named.
-        target: The accuracy, a fraction, that ``rounds_to`` and ``bytes_to`` are about; None: there are none.
+        target: The accuracy, a fraction, that the `GOALS` are about; None: there are none.
         note: What was left out of the folders that were named; empty if nothing was.
+        relative_to: The strategy to whose time to the target other times are put in relation; empty: to none.
     """
 
     rows: tuple[Row, ...]
     target: float | None = None
     note: str = ""
+    relative_to: str = ""
 
     def cells(self, width: float = math.inf) -> list[list[Cell]]:
         """Header and rows: label, seeds, then mean ± sample standard deviation of every column.
@@ -163,12 +178,15 @@ class Table:
         columns = [c for c in _COLUMNS if any(c.key in row.stats for row in self.rows)]
         if self.target is not None:
             at = next(i for i, c in enumerate([*columns, _COLUMNS[-1]]) if not c.key.startswith(("final", "best")))
-            goal = f"{100 * self.target:g} %"
-            columns[at:at] = [
-                _Column("rounds_to", f"rounds to {goal}", _count, -1, rank=1),
-                _Column("bytes_to", f"bytes to {goal}", human_bytes, -1, rank=2),
-            ]
+            words = {"goal": f"{100 * self.target:g} %", "relative_to": self.relative_to}
+            goals = {*self._goals(), *(["time_ratio"] if self.relative_to else [])}
+            columns[at:at] = [replace(c, name=c.name.format(**words)) for c in _GOAL_COLUMNS if c.key in goals]
         return columns
+
+    def _goals(self) -> list[str]:
+        """Of `GOALS`, what can be said of these runs: time only where there is virtual time."""
+        timed = any(run.records[-1].get("virtual_seconds") for row in self.rows for run in row.group.runs)
+        return [goal for goal in GOALS if timed or goal in ("rounds_to", "bytes_to")]
 
     def _grid(self, columns: Sequence[_Column]) -> list[list[Cell]]:
         best = {c.key: self._best(c) for c in columns}
@@ -192,7 +210,7 @@ class Table:
             return winners
         peers: dict[object, list[int]] = {}
         for i, row in enumerate(self.rows):
-            if row.group.finished and (column.key in row.stats or column.key in ("rounds_to", "bytes_to")):
+            if row.group.finished and (column.key in row.stats or column.key in GOALS):
                 peers.setdefault(row.group.partition, []).append(i)
         for rows in peers.values():
             means = {i: s.mean for i in rows if (s := self.rows[i].stats.get(column.key)) and _whole(self.rows[i], s)}
@@ -222,16 +240,18 @@ class Table:
         keys = dict.fromkeys(key for row in self.rows for key in row.stats)
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
-        names = {key: key.replace(".", "_") for key in keys if key not in ("rounds_to", "bytes_to")}
+        names = {key: key.replace(".", "_") for key in keys if key not in (*GOALS, "time_ratio")}
         head = [f"{name}_{part}" for name in names.values() for part in ("mean", "std")]
-        goals = [] if self.target is None else ["rounds_to", "bytes_to"]
+        goals = [] if self.target is None else self._goals()
         head += [f"{goal}_{self.target:g}_{part}" for goal in goals for part in ("mean", "std", "seeds")]
+        head += [f"time_ratio_{self.target:g}"] if self.relative_to else []
         writer.writerow(["run", "seeds", "seed_list", *head])
         for row in self.rows:
             line = [part for key in names for part in _plain(row.stats.get(key))]
             for goal in goals:
                 stat = row.stats.get(goal)
                 line += [*_plain(stat), str(stat.count if stat else 0)]
+            line += _plain(row.stats.get("time_ratio"))[:1] if self.relative_to else []
             writer.writerow([row.label, len(row.seeds), " ".join(map(str, row.seeds)), *line])
         return out.getvalue().rstrip("\n")
 
@@ -286,22 +306,25 @@ class Table:
             console.print(note)
 
 
-def compare(paths: Sequence[Path], target: float | None = None) -> Table:
+def compare(paths: Sequence[Path], target: float | None = None, relative_to: str = "") -> Table:
     """Reads finished runs and puts those that differ in their seed only together.
 
     Args:
         paths: Run directories, or folders of them (``runs/sweep``), whose unfinished runs are left out.
-        target: Test accuracy, a fraction in (0, 1]: adds rounds and bytes until it was first reached.
+        target: Test accuracy, a fraction in (0, 1]: adds what it took until it was first reached (`GOALS`).
+        relative_to: A strategy, such as ``fedcompass``: adds the mean virtual time to the target as a multiple of that
+            strategy's, under the same partition, system and model.
 
     Raises:
         ConfigError: Nothing to compare; not a run directory; a run that is named and not finished, is damaged, or is
             named twice; two runs of one experiment with one seed, which would be counted twice; runs of different data;
-            a target of runs without an accuracy.
+            a target of runs without an accuracy; no run of the strategy ``relative_to``, or several settings of it.
     """
     if not paths:
         raise ConfigError("compare needs at least one run directory, like `fedsim compare runs/sweep`")
     found = read_runs(paths)
-    return tabulate(group(found.runs), target, found.note)
+    table = tabulate(group(found.runs), target, found.note)
+    return _related(table, relative_to) if relative_to else table
 
 
 def tabulate(groups: Sequence[Group], target: float | None = None, note: str = "") -> Table:
@@ -318,6 +341,19 @@ def tabulate(groups: Sequence[Group], target: float | None = None, note: str = "
                     f"{run.records[-1]['round']}; restore it from a copy, or leave target out"
                 )
     return Table(tuple(_row(g, target) for g in groups), target, note)
+
+
+def draw(table: Table, path: Path) -> None:
+    """Draws the rows of a table against virtual time, and the target (`fedsim.report.curves.plot_against_time`).
+
+    Raises:
+        ConfigError: The runs took no virtual time.
+        RunError: The file cannot be written.
+    """
+    from fedsim.report.curves import plot_against_time
+
+    rows = [(row.label, [run.records for run in row.group.runs]) for row in table.rows]
+    plot_against_time(rows, table.rows[0].group.runs[0].quantity, path, table.target)
 
 
 def target(text: str) -> float:
@@ -352,24 +388,74 @@ def _row(members: Group, target: float | None) -> Row:
     numbers = [run.numbers(known) for run in members.runs]
     stats = {k: Stat.of([n[k] for n in numbers]) for k in numbers[0] if all(k in n for n in numbers)}
     if target is not None:
-        reached = [found for run in members.runs if (found := _reached(run, target))]
-        for i, key in enumerate(("rounds_to", "bytes_to") if reached else ()):
-            stats[key] = Stat.of([found[i] for found in reached])
+        hits = [found for run in members.runs if (found := reached(run, target))]
+        for key in GOALS:
+            if values := [found[key] for found in hits if key in found]:
+                stats[key] = Stat.of(values)
     return Row(members, stats)
 
 
-def _reached(run: Run, target: float) -> tuple[int, int] | None:
-    """Round of the first evaluation at the target, and bytes sent until then, down and up; None: never.
+def reached(run: Run, target: float) -> dict[str, float] | None:
+    """What the first evaluation at the target had taken, of the `GOALS`; None: it was never reached.
 
-    What was sent before round 1 counts, too, once the run is finished.
+    Bytes are those down and up together; what was sent before round 1 counts, too, once the run is finished. There is
+    no ``seconds_to`` of a run without virtual time.
+
+    Args:
+        run: A run whose metrics lack no round.
+        target: The test accuracy, a fraction.
     """
-    sent = int(run.numbers().get("totals.bytes_before", 0))
+    sent, contributions = run.numbers().get("totals.bytes_before", 0.0), 0.0
     for record in run.records:
         sent += (record.get("bytes_down") or 0) + (record.get("bytes_up") or 0)
+        contributions += record.get("clients") or 0
         accuracy = record.get("test_accuracy")
         if accuracy is not None and accuracy >= target:
-            return record["round"], sent
+            goals = {"rounds_to": record["round"], "bytes_to": sent, "contributions_to": contributions}
+            seconds = record.get("virtual_seconds")
+            return goals | ({"seconds_to": seconds} if seconds else {})
     return None
+
+
+def _related(table: Table, strategy: str) -> Table:
+    """The table with ``time_ratio``: the time to the target over that of the row with a strategy.
+
+    Raises:
+        ConfigError: There is no target or no such row, or a row has several to be put in relation to.
+    """
+    if table.target is None:
+        raise ConfigError(f"relative_to={strategy} is about the time to a target; add target=, such as target=0.8")
+    names = [option("strategy", row.group.runs[0].leaves.get("strategy._target_", "?")) for row in table.rows]
+    if strategy not in names:
+        raise ConfigError(
+            f"relative_to={strategy}: no run is of that strategy{did_you_mean(strategy, names)}; "
+            f"there are {', '.join(dict.fromkeys(names))}"
+        )
+    rows, partial = [], []
+    for row in table.rows:
+        same = [
+            r for r, name in zip(table.rows, names, strict=True) if name == strategy and _setting(r) == _setting(row)
+        ]
+        if len(same) > 1:
+            raise ConfigError(
+                f"relative_to={strategy}: '{row.label}' can stand in relation to {', '.join(r.label for r in same)}; "
+                "name runs of one of them only"
+            )
+        stats, own = dict(row.stats), row.stats.get("seconds_to")
+        base = same[0].stats.get("seconds_to") if same else None
+        if base and not _whole(same[0], base):
+            partial.append(same[0].label)
+        elif own and base:
+            stats["time_ratio"] = Stat(own.mean / base.mean, None, own.count)
+        rows.append(Row(row.group, stats))
+    note = [f"not every seed of {label} reached the target: no time is put in relation to it" for label in partial[:1]]
+    return replace(table, rows=tuple(rows), relative_to=strategy, note="; ".join([*filter(None, [table.note]), *note]))
+
+
+def _setting(row: Row) -> tuple[tuple[str, str], ...]:
+    """What rows must have in common for their times to stand in relation."""
+    owners = ("data", "partition", "system", "availability", "model")
+    return tuple(sorted((k, v) for k, v in row.group.runs[0].essential.items() if k.partition(".")[0] in owners))
 
 
 def _whole(row: Row, stat: Stat) -> bool:

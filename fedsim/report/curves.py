@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import math
 import statistics
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fedsim.errors import ConfigError
 from fedsim.report.text import human_bytes
 from fedsim.rundir import replacing
 
@@ -32,6 +35,7 @@ MARKS = ("o", "s", "^", "D", "v")
 SPLITS = {"test": DASHES[0], "validation": DASHES[2], "train": DASHES[1]}
 QUANTITIES: tuple[Quantity, ...] = ("accuracy", "loss")
 _GREY = "#555555"
+_MOMENTS = 1000  # of a mean over seeds against time
 _MANY = 5000  # points of a picture past which its lines are pixels: a page of long runs stays small
 
 
@@ -82,6 +86,7 @@ class Line:
         std: Half the height of a band around the curve; None: no band.
         mark: Of `MARKS`.
         width: In points.
+        steps: Whether a value holds until the next position.
     """
 
     label: str
@@ -92,17 +97,20 @@ class Line:
     std: Sequence[float] | None = None
     mark: str = "o"
     width: float = 1.8
+    steps: bool = False
 
 
 def seeds_line(runs: Sequence[Records], key: str, axis: Axis) -> tuple[list[float], list[float], list[float] | None]:
-    """Mean and sample standard deviation over runs that differ in their seed, round by round.
+    """Mean and sample standard deviation over runs that differ in their seed.
 
-    Rounds that not every run has are left out: a mean over fewer runs would jump there.
+    Against rounds and bytes, round by round; rounds that not every run has are left out: a mean over fewer runs would
+    jump there. Against time, moment by moment, whatever the rounds: at each a run has the value that it had last, from
+    the moment at which all have one until the first of them ends.
 
     Args:
         runs: Records of each run, at least one.
         key: What is drawn, such as ``test_accuracy``.
-        axis: What against; positions are means over the runs.
+        axis: What against; positions by rounds are means over the runs.
 
     Returns:
         Positions, means and standard deviations (None for one run); empty if no value is finite.
@@ -111,19 +119,34 @@ def seeds_line(runs: Sequence[Records], key: str, axis: Axis) -> tuple[list[floa
     for records in runs:
         at = axis.values(records)
         found.append({int(r["round"]): (x, _value(r[key])) for x, r in zip(at, records, strict=True) if key in r})
-    rounds = sorted(set.intersection(*(set(points) for points in found)))
-    columns = [[points[n] for points in found] for n in rounds]
-    x = [statistics.fmean(p[0] for p in column) for column in columns]
-    y = [math.fsum(p[1] for p in column) / len(column) for column in columns]
+    if len(runs) > 1 and axis.key.endswith("seconds"):
+        x, columns = _moments([list(points.values()) for points in found])
+    else:
+        rounds = sorted(set.intersection(*(set(points) for points in found)))
+        x = [statistics.fmean(points[n][0] for points in found) for n in rounds]
+        columns = [[points[n][1] for points in found] for n in rounds]
+    y = [math.fsum(column) / len(column) for column in columns]
     if not any(map(math.isfinite, y)):
         return [], [], None
     if len(runs) == 1:
         return x, y, None
-    return (
-        x,
-        y,
-        [math.nan if math.isnan(m) else statistics.stdev(p[1] for p in c) for m, c in zip(y, columns, strict=True)],
-    )
+    return x, y, [math.nan if math.isnan(m) else statistics.stdev(c) for m, c in zip(y, columns, strict=True)]
+
+
+def _moments(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], list[list[float]]]:
+    """Moments at which a run of several changes, and the latest value of every run at each.
+
+    Args:
+        runs: Position and value of every evaluation, in order.
+    """
+    if not all(runs):
+        return [], []
+    first, last = max(points[0][0] for points in runs), min(points[-1][0] for points in runs)
+    x = sorted({at for points in runs for at, _ in points if first <= at <= last})
+    if len(x) > _MOMENTS:
+        x = [x[round(i * (len(x) - 1) / (_MOMENTS - 1))] for i in range(_MOMENTS)]
+    times = [[at for at, _ in points] for points in runs]
+    return x, [[points[bisect_right(t, at) - 1][1] for points, t in zip(runs, times, strict=True)] for at in x]
 
 
 def plot_lines(lines: Sequence[Line], quantity: Quantity, x_label: str, rounds: bool = False) -> str:
@@ -191,6 +214,83 @@ def plot_sizes(sizes: Sequence[int], what: str) -> str:
             axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, min_n_ticks=1))
         return _source(figure)
+
+
+def plot_staleness(counts: Counter[int]) -> str:
+    """A histogram of how old the contributions were, as SVG.
+
+    Args:
+        counts: How many were that many global models old, at least one.
+    """
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
+
+    oldest, total = max(counts), counts.total()
+    width = math.ceil((oldest + 1) / 50)  # models of a bar
+    heights = [0.0] * (oldest // width + 1)
+    for old, count in counts.items():
+        heights[old // width] += count / total
+    with _svg() as new:
+        figure, axes = new()
+        left = [i * width - 0.5 for i in range(len(heights))]
+        axes.bar(left, heights, width, align="edge", color=COLOURS[0], edgecolor="white", linewidth=0.5)
+        _frame(axes, "global models since the one that it started from")
+        axes.set_xlim(-0.7, max(left[-1] + width, 2.5) + 0.2)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True))
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_ylabel("contributions", fontsize=9)
+        return _source(figure)
+
+
+def plot_against_time(
+    rows: Sequence[tuple[str, Sequence[Records]]], quantity: Quantity, path: Path, target: float | None = None
+) -> None:
+    """Draws the test accuracy or loss of several settings against virtual time, for a paper.
+
+    A line is the mean over a setting's runs, its band one sample standard deviation (`seeds_line`).
+
+    Args:
+        rows: Label of each setting and records of its runs, at least one of each.
+        quantity: What is drawn.
+        path: The ``.png``, ``.pdf`` or ``.svg`` to write; its folder is made.
+        target: A level to mark.
+
+    Raises:
+        ConfigError: No run took virtual time, or none has the quantity.
+        RunError: The file cannot be written.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    axis = Axis.of("virtual_seconds", [records for _, runs in rows for records in runs])
+    if axis is None:
+        raise ConfigError(f"cannot draw {path}: no run took virtual time; leave the picture out")
+    lines, colours = [], _colours(len(rows))
+    for i, (label, runs) in enumerate(rows):
+        x, y, std = seeds_line(runs, f"test_{quantity}", axis)
+        if x:
+            dash, mark = DASHES[i % len(DASHES)], MARKS[i % len(MARKS)]
+            lines.append(Line(_text(label), colours[i], dash, x, y, std, mark, steps=std is not None))
+    if not lines:
+        raise ConfigError(f"cannot draw {path}: no run has a test {quantity}; leave the picture out")
+    figure = Figure(figsize=(6.4, 4.2), dpi=200, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _draw(axes, lines)
+    _frame(axes, axis.label)
+    axes.set_xlim(left=0)
+    axes.set_ylabel(f"test {quantity}")
+    _scale(axes, lines, quantity)
+    if target is not None:
+        axes.axhline(target, color=_GREY, linewidth=0.9, linestyle="--", zorder=1)
+    for drawn, line in zip(axes.lines, lines, strict=False):
+        drawn.set_label(line.label)
+    columns = max(1, min(len(lines), 90 // (max(len(line.label) for line in lines) + 8)))
+    figure.legend(
+        handles=axes.lines[: len(lines)], loc="outside lower center", ncols=columns, frameon=False, fontsize=9
+    )
+    with replacing(path) as temporary:
+        path.parent.mkdir(parents=True, exist_ok=True)  # in here, so that a refusal is one clear line too
+        figure.savefig(temporary, format=path.suffix[1:].lower())
 
 
 def plot_curves(runs: Sequence[tuple[str, Records]], path: Path) -> None:
@@ -316,6 +416,7 @@ def _draw(axes: Axes, lines: Sequence[Line], marks: bool = True) -> None:
             linestyle=_style(line.dash),
             linewidth=line.width,
             color=line.colour,
+            drawstyle="steps-post" if line.steps else "default",
             # Past thirty points marks hide the line, but a point between two gaps is seen only by its mark.
             marker=line.mark if marks or len(line.x) == 1 else "",
             markersize=2.2 + line.width,
@@ -324,7 +425,8 @@ def _draw(axes: Axes, lines: Sequence[Line], marks: bool = True) -> None:
         )
         if line.std is not None:
             low, high = ([m + sign * s for m, s in zip(line.y, line.std, strict=True)] for sign in (-1, 1))
-            axes.fill_between(line.x, low, high, color=line.colour, alpha=0.18, linewidth=0, rasterized=many)
+            step: Any = "post" if line.steps else None
+            axes.fill_between(line.x, low, high, step=step, color=line.colour, alpha=0.18, linewidth=0, rasterized=many)
 
 
 def _frame(axes: Axes, x_label: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from fedsim.errors import ConfigError, RunError
 from fedsim.report import pictures
 from fedsim.report.blocks import Block, Details, Note, Page, Section, Table
-from fedsim.report.compare import tabulate
+from fedsim.report.compare import reached, tabulate
 from fedsim.report.runs import MODES, Group, Run, described, group, option, read_run, read_runs, short
 from fedsim.report.text import human_bytes, human_seconds, number, percent
 from fedsim.rundir import dumps, write_atomic
@@ -39,6 +39,8 @@ _TOTALS: dict[str, tuple[str, Callable[[float], str]]] = {
     "totals.bytes_before": ("Sent before round 1", human_bytes),
     "totals.clients": ("Clients trained", _count),
     "totals.failures": ("Failures", _count),
+    "totals.dropouts": ("Lost on the way", _count),
+    "totals.late": ("Cut off: too late", _count),
     "totals.retries": ("Done again", _count),
     "totals.steps": ("Local steps", _count),
     "totals.examples": ("Examples processed", _count),
@@ -152,6 +154,7 @@ def page_of_run(run: Run, notes: Sequence[Note] = ()) -> Page:
     sections = [
         Section("What ran", [Table("Configuration", (), _what_ran(run)), _config(run)]),
         Section("Curves", list(pictures.curves([Group("", (run,))]))),
+        Section("Virtual time", [*_target_reached(run), *pictures.virtual_time([Group("", (run,))])]),
         Section("Clients", [*_fairness(run), *pictures.spreads([Group("", (run,))])]),
         Section("Classes", list(_classes(run))),
         Section("Partition", list(pictures.partition(run))),
@@ -231,6 +234,40 @@ def _fairness(run: Run) -> Iterator[Block]:
         yield Table(caption, ["Model", "Mean", "Standard deviation", "Worst tenth"], rows)
 
 
+def _target(runs: Sequence[Run]) -> float | None:
+    """The accuracy that all runs were to reach (`eval.target_accuracy`), where all of them can say when they did."""
+    targets = {run.leaves.get("eval.target_accuracy", "null") for run in runs}
+    whole = all(r.quantity == "accuracy" and len(r.records) == r.records[-1]["round"] for r in runs)
+    try:
+        return float(targets.pop()) if len(targets) == 1 and whole else None
+    except ValueError:
+        return None
+
+
+def _target_reached(run: Run) -> Iterator[Block]:
+    target = _target([run])
+    if target is None:
+        return
+    goal, found = f"{100 * target:g} %", reached(run, target)
+    if found is None:
+        yield Note(f"A test accuracy of {goal} was not reached.")
+        return
+    shown = {"seconds_to": human_seconds, "rounds_to": _count, "bytes_to": human_bytes, "contributions_to": _count}
+    names = {
+        "seconds_to": "Virtual time",
+        "rounds_to": "Round",
+        "bytes_to": "Sent",
+        "contributions_to": "Contributions",
+    }
+    keys = [key for key in shown if key in found]
+    yield Table(
+        f"Until the test accuracy was first {goal} or more",
+        [names[key] for key in keys],
+        [[shown[key](float(found[key])) for key in keys]],
+        left=0,
+    )
+
+
 def _classes(run: Run) -> Iterator[Block]:
     table = run.table("classes.csv")
     if not table:
@@ -305,6 +342,7 @@ def page_of_runs(groups: Sequence[Group], notes: Sequence[Note] = ()) -> Page:
         Section("Comparison", list(_comparison(groups))),
         Section("Differences", list(_differences(groups))),
         Section("Curves", list(pictures.curves(groups))),
+        Section("Virtual time", list(pictures.virtual_time(groups))),
         Section("Clients", list(pictures.spreads(groups))),
         Section("Partition", list(pictures.partitions(groups))),
         Section("Cost", [_costs(groups)]),
@@ -325,7 +363,7 @@ def page_of_runs(groups: Sequence[Group], notes: Sequence[Note] = ()) -> Page:
 
 
 def _comparison(groups: Sequence[Group]) -> Iterator[Block]:
-    header, *rows = tabulate(groups).cells(math.inf)
+    header, *rows = tabulate(groups, _target([run for g in groups for run in g.runs])).cells(math.inf)
     yield Table("Means over seeds, ± one sample standard deviation", [cell.text for cell in header], rows)
     if any(cell.best for row in rows for cell in row):
         yield Note("In bold: the best of a column, among rows with the same partition.")

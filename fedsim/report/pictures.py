@@ -5,8 +5,9 @@ from __future__ import annotations
 import base64
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, cycle, repeat
+from itertools import accumulate, chain, cycle, repeat
 from typing import TYPE_CHECKING, Any
 
 from fedsim.report.blocks import Block, Heading, Key, Legend, Note, Picture, Pictures, Table
@@ -21,10 +22,12 @@ from fedsim.report.curves import (
     plot_lines,
     plot_sizes,
     plot_spread,
+    plot_staleness,
     seeds_line,
 )
 from fedsim.report.runs import MODES, Group, Run, described
 from fedsim.report.text import number, percent
+from fedsim.report.timeline import FACTS, Timeline, draw, facts, png, read_timeline
 
 if TYPE_CHECKING:
     from fedsim.data import IntArray
@@ -34,6 +37,7 @@ SIZES = ("Clients", "Examples", "Smallest", "Median", "Mean", "Largest")
 _SHOWN = {"accuracy": percent, "loss": number}
 _MANY_POINTS = 400  # of a picture of clients
 _MOST_NAMED = 8  # lines in a picture's alternative text
+_MOST_TIMELINES = 8  # that are drawn below each other
 _MOST_PARTITIONS = 4  # that are drawn in a report of several runs
 
 
@@ -47,7 +51,7 @@ def curves(groups: Sequence[Group]) -> Iterator[Block]:
     if len(runs) > len(groups):
         yield Note(
             "A line is the mean over the seeds of a row, its band ± one sample standard deviation. "
-            "It ends where the first of the seeds ends."
+            "It ends where the first of the seeds ends. Against time a run has the value that it had last."
         )
     if len(runs) > 1:
         yield legend
@@ -89,7 +93,8 @@ def _lines_of_groups(groups: Sequence[Group], key: str, axis: Axis) -> Iterator[
     for style, g in zip(_keys(groups), groups, strict=True):
         x, y, std = seeds_line([run.records for run in g.runs], key, axis)
         if x:
-            yield Line(style.label, style.colour, style.dash, x, y, std, style.mark, style.width)
+            steps = std is not None and axis.key.endswith("seconds")
+            yield Line(style.label, style.colour, style.dash, x, y, std, style.mark, style.width, steps)
 
 
 def _panel(title: str, quantity: Quantity, lines: Sequence[Line], axis: Axis, legend: Sequence[Key] = ()) -> Picture:
@@ -134,6 +139,57 @@ def _spread_line(look: Key, ordered: Sequence[float]) -> Line:
         last = _MANY_POINTS
     x = [i / last for i in range(last + 1)]
     return Line(look.label, look.colour, look.dash, x, ordered, mark=look.mark, width=look.width)
+
+
+# --- virtual time -----------------------------------------------------------------------------------------
+
+
+def virtual_time(groups: Sequence[Group]) -> Iterator[Block]:
+    """Which client worked when, how long clients were idle, and how old their contributions were."""
+    runs = [(g, run, found) for g in groups for run in g.runs if (found := read_timeline(run.path, run.records))]
+    if not runs:
+        return
+    alone, several = _alone(groups), len(runs) > len(groups)
+    names = [f"{g.label}, seed {run.seed}" if several else g.label for g, run, _ in runs]
+    rows = [[name, *facts(found)] for name, (_, _, found) in zip(names, runs, strict=True)]
+    yield Table(
+        "Clients in virtual time. Idle: the share of the time in which a client was not at work, mean, least and most; "
+        "staleness: global models made since the one that a contribution started from, mean and most",
+        [name.capitalize() for name in FACTS] if alone else ["run", *(name.capitalize() for name in FACTS)],
+        [row[1:] for row in rows] if alone else rows,
+        left=0 if alone else 1,
+    )
+    first = {g.label: (g.label, found) for g, _, found in reversed(runs)}
+    drawn = [first[g.label] for g in groups if g.label in first][:_MOST_TIMELINES]
+    if len(drawn) < len(first):
+        yield Note(f"{len(drawn)} of {len(first)} are drawn; fedsim timeline draws others.")
+    if max(len(found.tasks) for _, found in drawn) > 1:
+        alt = "A row per client, a bar per task, from left to right in virtual time."
+        title = "Who worked when" + (" (the first seed of each)" if several else "")
+        yield Pictures([Picture(title, alt, _data_url(_timeline_png(groups, drawn)), wide=True)])
+    stale = {g.label: sum((t.staleness for h, _, t in runs if h is g), Counter[int]()) for g in groups}
+    if alone and (counts := stale[groups[0].label]):
+        alt = f"Histogram of the staleness of {counts.total():,} contributions, from {min(counts)} to {max(counts)}."
+        yield Pictures([Picture("Staleness of the contributions", alt, _data_url(plot_staleness(counts)))])
+    elif lines := [_staleness_line(key, stale[key.label]) for key in _keys(groups) if stale[key.label]]:
+        title = "Share of the contributions that were at most so many global models old"
+        alt = f"{title}. From the freshest to all: {_ends(lines, 'accuracy')}."
+        yield Legend([key for key in _keys(groups) if stale[key.label]])
+        yield Pictures([Picture(title, alt, _data_url(plot_lines(lines, "accuracy", "staleness, at most")))])
+
+
+def _timeline_png(groups: Sequence[Group], drawn: Sequence[tuple[str, Timeline]]) -> bytes:
+    """``figures/timeline.png`` of a finished run, which its driver drew; what it would be of others."""
+    path = groups[0].runs[0].path / "figures" / "timeline.png"
+    if _alone(groups) and groups[0].finished and path.is_file():
+        return path.read_bytes()
+    return png(draw(drawn))
+
+
+def _staleness_line(look: Key, counts: Counter[int]) -> Line:
+    x = sorted(counts)
+    y = [share / counts.total() for share in accumulate(counts[old] for old in x)]
+    return Line(look.label, look.colour, look.dash, x, y, mark=look.mark, width=look.width, steps=True)
 
 
 # --- partition --------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import io
 import math
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -27,7 +28,8 @@ MODES = {"": "global model", "personal_": "personal models", "finetuned_": "fine
 """What is scored on clients' own examples: prefix of the columns of ``clients.csv``, and its name."""
 
 _EVALUATION = ("test_", "validation_", "client_", "personal_", "finetuned_")  # prefixes of what evaluations say
-_COUNTED = ("train_loss", "bytes_", "clients", "failures", "retries", "virtual_seconds", "wall_seconds")
+_SUMMED = ("bytes_down", "bytes_up", "clients", "failures", "dropouts", "late", "retries")
+_COUNTED = (*_SUMMED, "bytes_", "train_loss", "staleness_", "virtual_seconds", "wall_seconds")
 _SIGN = ("strategy", "run_dir")  # keys at the top of the config of every run, and hardly of anything else's
 _TRACES = ("visits.csv", "partition.npz", ".lock")  # files of a run whose config tells nothing any more
 _BEST_BY = ("validation_accuracy", "validation_loss", "test_accuracy", "test_loss")  # as the driver chooses
@@ -96,6 +98,7 @@ class Run:
                         f"{self.path}/metrics.jsonl is damaged: round {record['round']}: `{key}` must be a number, "
                         f"got {value!r}; restore it from a copy"
                     )
+            staleness_of(self.path, record)
         last = records[-1]["round"] if records else 0
         if done is not None and last != done:
             held = f"it ends with round {last}" if last else "it holds no round"
@@ -390,6 +393,29 @@ def _check_data(first: Run, other: Run) -> None:
             )
 
 
+def staleness_of(run: Path, record: Mapping[str, Any]) -> Counter[int]:
+    """How many contributions of a round were that many global models old; empty where the record does not say.
+
+    Args:
+        run: The run directory, for the error.
+        record: Of ``metrics.jsonl``.
+
+    Raises:
+        ConfigError: What stands there is no such table.
+    """
+    table = record.get("staleness") or {}
+    try:
+        found = Counter({int(old): int(count) for old, count in table.items()})
+        if min(found, default=0) < 0 or min(found.values(), default=0) < 0:
+            raise ValueError("a negative number")
+    except (ValueError, TypeError, AttributeError) as exc:
+        raise ConfigError(
+            f"{run}/metrics.jsonl is damaged: round {record['round']}: `staleness` must be a table of whole numbers "
+            f'such as {{"0": 3}}, got {table!r}; restore it from a copy'
+        ) from exc
+    return found
+
+
 def _so_far(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What a summary would say of a run that has not ended."""
     if not records:
@@ -405,9 +431,7 @@ def _so_far(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             for r in (evaluated[-1], max(known, key=lambda r: sign * r[by], default=evaluated[-1]))
         )
         out["best"] = {"by": by, **best}
-    sums = {
-        k: sum(r.get(k) or 0 for r in records) for k in ("bytes_down", "bytes_up", "clients", "failures", "retries")
-    }
+    sums = {k: sum(r.get(k) or 0 for r in records) for k in _SUMMED if any(k in r for r in records)}
     out["totals"] = sums | {k: records[-1].get(k) or 0 for k in ("virtual_seconds", "wall_seconds")}
     return out
 

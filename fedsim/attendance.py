@@ -1,0 +1,162 @@
+"""Who is there, and who is back in time: what availability, lost tasks, deadlines and over-selection do to a cohort."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedsim.clients.availability import Always, Availability, Trip
+from fedsim.clients.participation import Participation
+from fedsim.clock import ns
+from fedsim.errors import ConfigError, FedsimError
+
+TRIES = 100
+"""How often a cohort of which nobody comes back is asked again."""
+
+
+class Ended(FedsimError):
+    """No client can be reached any more: the simulation is over."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What ends a round before all of its clients are back.
+
+    Attributes:
+        deadline: Seconds after which clients that are not back are left out; None: all are waited for.
+        over_selection: How many times as many clients are asked as are needed, >= 1; those that are back first count.
+    """
+
+    deadline: float | None = None
+    over_selection: float = 1.0
+
+
+@dataclass(frozen=True)
+class Attendance:
+    """Of a cohort, who comes back.
+
+    Attributes:
+        back: Clients whose work counts.
+        lost: The others, with their outcome (`fedsim.visits.OUTCOMES`).
+        trips: Where each client is when; None: it never comes.
+        close: When the round ends, nanoseconds.
+    """
+
+    back: tuple[int, ...]
+    lost: dict[int, str]
+    trips: Mapping[int, Trip | None]
+    close: int
+
+
+def select(
+    participation: Participation, availability: Availability, limits: Limits, num_clients: int, now: int, seed: int,
+    rng: np.random.Generator,
+) -> tuple[list[int], int, int]:
+    """A cohort of clients that are available.
+
+    Rules that draw a number of clients (`Fixed`, `Fraction`) draw until they have it; the others leave out who is not
+    there. If nobody is, time passes until somebody is.
+
+    Args:
+        participation: Who takes part.
+        availability: Who is there.
+        limits: For over-selection.
+        num_clients: Size of the population.
+        now: Nanoseconds.
+        seed: The run's seed.
+        rng: The round's generator.
+
+    Returns:
+        The cohort in id order, how many of them are needed, and the time from which they are there.
+
+    Raises:
+        Ended: Nobody will be there.
+    """
+    cohort = participation.sample(num_clients, rng)
+    needed = len(cohort)
+    asked = min(num_clients, math.ceil(limits.over_selection * needed - 1e-9))
+    if isinstance(availability, Always) and asked == needed:
+        return cohort, needed, now
+
+    def there(client: int) -> bool:
+        return is_there(availability, client, now, seed)
+
+    if not any(map(there, cohort)) and not any(map(there, range(num_clients))):
+        stretches = (availability.interval(client, now, seed) for client in range(num_clients))
+        begins = [stretch[0] for stretch in stretches if stretch is not None]
+        if not begins:
+            raise Ended("no client is available any more")
+        now = max(now, min(begins))
+    found = [client for client in cohort if there(client)]
+    if len(found) < asked and getattr(participation, "refills", False):
+        tried = set(cohort)
+        while len(found) < asked and len(tried) < num_clients:
+            if 2 * len(tried) > num_clients:
+                more = rng.permutation([c for c in range(num_clients) if c not in tried]).tolist()
+            else:
+                more = [int(rng.integers(num_clients))]
+            for client in more:
+                if client not in tried:
+                    tried.add(client)
+                    found += [client] if there(client) else []
+                if len(found) == asked:
+                    break
+    if not found:  # a rule that leaves out may have left out all
+        found = [next(client for client in range(num_clients) if there(client))]
+    return sorted(found), min(needed, len(found)), now
+
+
+def is_there(availability: Availability, client: int, now: int, seed: int) -> bool:
+    """Whether a client is available at ``now``, nanoseconds."""
+    stretch = availability.interval(client, now, seed)
+    return stretch is not None and stretch[0] <= now
+
+
+def attend(
+    trips: Mapping[int, Trip | None], needed: int, now: int, deadline: float | None
+) -> Attendance:
+    """Who of a cohort comes back in time.
+
+    Args:
+        trips: By client.
+        needed: How many are waited for.
+        now: When they were asked, nanoseconds.
+        deadline: Seconds for which they are waited for; None: as long as it takes.
+    """
+    limit = math.inf if deadline is None else now + ns(deadline)
+    ends = {client: way.end for client, way in trips.items() if way is not None}
+    in_time = sorted((end, client) for client, end in ends.items() if trips[client].finished and end <= limit)
+    back = in_time[:needed]
+    if len(back) == needed:
+        close = back[-1][0]
+    else:  # until the last one is back or lost, or is given up
+        close = max([now, *(int(min(end, limit)) for end in ends.values())])
+        if len(ends) < len(trips) and deadline is not None:  # who never comes is waited for as well
+            close = int(limit)
+    who = {client for _, client in back}
+    lost = {}
+    for client, way in trips.items():
+        if client not in who:
+            gone = way is None or (not way.finished and way.end <= close)
+            lost[client] = "dropout" if gone else "late"
+    return Attendance(tuple(sorted(who)), lost, trips, close)
+
+
+def check_deadline(deadline: float, fastest: int) -> None:
+    """Refuses a deadline that nobody can meet.
+
+    Args:
+        deadline: Seconds.
+        fastest: The shortest visit of all clients, nanoseconds.
+
+    Raises:
+        ConfigError: It is shorter.
+    """
+    if fastest > ns(deadline):
+        raise ConfigError(
+            f"participation.deadline={deadline:g} cannot be met by any client: the fastest needs {fastest / 1e9:g} "
+            "virtual seconds for a visit; raise it, or give clients less to do (client.epochs, client.steps)"
+        )
