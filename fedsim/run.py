@@ -24,7 +24,9 @@ from fedsim import config as conf
 from fedsim import interrupt, random, rounds, tree
 from fedsim.attendance import Ended
 from fedsim.checkpoint import Checkpoints
+from fedsim.clients.availability import Always
 from fedsim.clients.local import Local
+from fedsim.clients.systems import Homogeneous
 from fedsim.clients.visit import Visit
 from fedsim.data import IntArray, PartitionedClients
 from fedsim.engine.base import Engine, Score
@@ -529,6 +531,7 @@ class Driver:
                 "virtual_seconds": self.fed.virtual_seconds,
                 "wall_seconds": round(self._elapsed(), 3),
             },
+            "target": self._target(),
             "method_mean": {name: value / count for name, (value, count) in p.logged.items()},
             "params_sha256": self.params_sha256(),
             "state_sha256": self.state_sha256(),
@@ -543,6 +546,30 @@ class Driver:
         self.run_dir.write_summary(summary)  # last: who sees it sees a finished run
         log.info("finished after round %d", p.round_num)
         return summary
+
+    def _target(self) -> dict[str, Any] | None:
+        """When ``eval.target_accuracy`` was first reached, and what it had cost by then; None: it was not."""
+        target = self.config["eval"].get("target_accuracy")
+        spent = dict.fromkeys(("bytes", "contributions"), 0)
+        spent["bytes"] = self.progress.totals["bytes_before"]
+        for record in read_metrics(self.run_dir.metrics) if target is not None else ():
+            spent["bytes"] += record["bytes_down"] + record["bytes_up"]
+            spent["contributions"] += record["clients"]
+            if record.get("test_accuracy", -1) >= target:
+                return {
+                    "accuracy": target,
+                    "round": record["round"],
+                    "virtual_seconds": record["virtual_seconds"],
+                    **spent,
+                }
+        return None
+
+    @property
+    def _times_differ(self) -> bool:
+        """Whether who worked when is more than one row of bars per round."""
+        c = self.config
+        plain = isinstance(self.exp.system, Homogeneous) and isinstance(self.exp.availability, Always)
+        return self.fed.schedule is not None or not plain or c["participation"].get("deadline") is not None
 
     def params_sha256(self) -> str:
         """Hash of what is evaluated: the global model, and every touched client's own where that is another."""
@@ -610,7 +637,7 @@ class Driver:
 
     def _draw(self, summary: dict[str, Any]) -> None:
         """Pictures in ``figures/``, and ``report.html``."""
-        from fedsim.report import curves, html, partition
+        from fedsim.report import curves, html, partition, timeline
 
         run, part, dataset = self.run_dir, self.exp.partition, self.exp.program.dataset
         try:
@@ -620,6 +647,8 @@ class Driver:
                 title = f"{self.exp.describe()['partition']}, seed {self.config['seed']}"
                 labels = dataset.train.y.cpu().numpy()
                 draw(part, labels, dataset.class_names, run.figures / "partition.png", title)
+            if self._times_differ:
+                timeline.write_own_timeline(run.path, self.exp.name)
             html.write_own_report(run.path, summary)
         except Exception:  # no picture is worth the results of a run
             log.warning("%s: the pictures or the report could not be made", run.path, exc_info=True)

@@ -228,6 +228,80 @@ def test_rounds_and_bytes_until_the_first_evaluation_at_the_target(tmp_path: Pat
     assert shown["rounds to 90 %"] == "4 ± 1.414" and shown["bytes to 90 %"] == "5.9 KiB ± 2.1 KiB"
 
 
+def timed(path: Path, seed: int, accuracies: list[float], length: float, config: str = AVG) -> Path:
+    """A run with rounds of so many virtual seconds."""
+    return make_run(
+        path, seed, config=config, records=[r | {"virtual_seconds": length * r["round"]} for r in rounds(accuracies)]
+    )
+
+
+def test_time_and_contributions_until_the_first_evaluation_at_the_target(tmp_path: Path) -> None:
+    a, b = timed(tmp_path / "a", 1, [0.1, 0.8, 0.2], 10.0), timed(tmp_path / "b", 2, [0.1, 0.2, 0.9], 20.0)
+    (row,) = compare([a, b], 0.8).rows
+    # Rounds 2 and 3: 20 and 60 seconds, mean 40, deviation 20 sqrt 2; three clients a round.
+    assert (row.stats["seconds_to"].mean, row.stats["contributions_to"].mean) == (40.0, 7.5)
+    assert row.stats["seconds_to"].std == pytest.approx(20 * math.sqrt(2))
+    header, cells = texts(compare([a, b], 0.8))
+    shown = dict(zip(header, cells, strict=True))
+    assert shown["virtual time to 80 %"] == "40.0 s ± 28.3 s" and shown["contributions to 80 %"] == "7.5 ± 2.121"
+    (line,) = csv.DictReader(io.StringIO(compare([a, b], 0.8).csv()))
+    assert (line["seconds_to_0.8_mean"], line["contributions_to_0.8_seeds"]) == ("40.0", "2")
+
+
+def test_without_virtual_time_nothing_is_said_of_it(tmp_path: Path) -> None:
+    header, _ = texts(compare([timed(tmp_path / "a", 1, [0.9], 0.0)], 0.8))
+    assert "rounds to 80 %" in header and not any("virtual" in name for name in header)
+
+
+def test_times_to_the_target_are_put_in_relation_to_a_strategy_in_the_same_setting(tmp_path: Path) -> None:
+    for place, (factor, partition) in enumerate(((1, "0.1"), (3, "1.0"))):
+        part = f"\npartition: {{_target_: x.Dirichlet, alpha: {partition}}}"
+        for seed in (1, 2):
+            # FedAvg needs 20 and 40 s, FedProx 5 and 10 s: 30 / 7.5 = 4, in every setting.
+            timed(tmp_path / f"avg{place}{seed}", seed, [0.1, 0.9], 10.0 * seed * factor, AVG + part)
+            timed(tmp_path / f"prox{place}{seed}", seed, [0.9], 5.0 * seed * factor, PROX % 1 + part)
+    table = compare([tmp_path], 0.9, "fedprox")
+    ratios = {row.label: row.stats["time_ratio"].mean for row in table.rows}
+    assert sorted(ratios.values()) == [1, 1, 4, 4] and all(ratios[k] == 4 for k in ratios if "fedavg" in k)
+    header, *body = texts(table)
+    assert [row[header.index("time / fedprox")] for row in body] == ["4.00", "4.00", "1.00", "1.00"]
+    assert [float(line["time_ratio_0.9"]) for line in csv.DictReader(io.StringIO(table.csv()))] == [4, 4, 1, 1]
+
+
+def test_no_time_is_put_in_relation_to_seeds_of_which_some_never_arrive(tmp_path: Path) -> None:
+    for seed, last in ((1, 0.9), (2, 0.3)):
+        timed(tmp_path / f"avg{seed}", seed, [0.1, 0.9], 10.0)
+        timed(tmp_path / f"prox{seed}", seed, [last], 5.0, PROX % 1)
+    table = compare([tmp_path], 0.9, "fedprox")
+    assert all("time_ratio" not in row.stats for row in table.rows)
+    assert "not every seed of strategy=fedprox reached the target" in table.note
+    header, *body = texts(compare([tmp_path], 0.9, "fedavg"))
+    assert [row[header.index("time / fedavg")] for row in body] == ["1.00", "0.25 (1 of 2)"]  # 5 s over 20 s
+
+
+def test_a_relation_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    a = timed(tmp_path / "a", 1, [0.9], 5.0)
+    twins = [timed(tmp_path / f"p{mu}", 1, [0.9], 5.0, PROX % mu) for mu in (1, 2)]
+    with pytest.raises(ConfigError, match="relative_to=fedavg is about the time to a target; add target="):
+        compare([a], None, "fedavg")
+    with pytest.raises(ConfigError, match=r"no run is of that strategy \(did you mean 'fedavg'\?\); there are fedavg"):
+        compare([a], 0.9, "fedavgg")
+    with pytest.raises(
+        ConfigError, match=r"'strategy=fedavg' can stand in relation to .*mu=1, .*mu=2; name runs of one"
+    ):
+        compare([a, *twins], 0.9, "fedprox")
+
+
+def test_a_picture_of_the_rows_is_drawn_for_a_paper(fedsim: Fedsim, tmp_path: Path) -> None:
+    for seed in (1, 2):
+        timed(tmp_path / "runs" / f"a{seed}", seed, [0.1, 0.9], 10.0 * seed)
+    outcome = fedsim("compare", "runs", "target=0.8", "picture=x.pdf")
+    assert outcome.status == 0 and (tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
+    timed(tmp_path / "still" / "a", 1, [0.9], 0.0)
+    assert "no run took virtual time" in fedsim("compare", "still", "picture=y.png").line
+    assert "must end in .png, .pdf, .svg" in fedsim("compare", "runs", "picture=x.gif").line
+
+
 def test_bytes_until_the_target_count_what_was_sent_before_round_1(tmp_path: Path) -> None:
     run = make_run(tmp_path / "a", 1, records=rounds([0.1, 0.9]), totals={"bytes_before": 700})
     assert compare([run], 0.9).rows[0].stats["bytes_to"].mean == 2 * 1500 + 700
@@ -299,10 +373,10 @@ def test_columns_go_where_there_is_no_room_for_them_costs_first(tmp_path: Path) 
     table = compare([run], 0.4)
     gone = [
         "wall", "up", "down", "rounds", "worst 10 % acc %", "client acc %", "personal acc %", "best acc %",
-        "final loss", "bytes to 40 %", "rounds to 40 %",
+        "final loss", "contributions to 40 %", "bytes to 40 %", "rounds to 40 %", "virtual time to 40 %",
     ]  # fmt: skip
     seen: list[list[str]] = []
-    for width in range(200, 0, -1):
+    for width in range(260, 0, -1):
         left = table.left_out(width)
         if not seen or left != seen[-1]:
             seen.append(left)

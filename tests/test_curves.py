@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 from PIL import Image
 
-from fedsim.report.curves import COLOURS, Axis, Line, _lone_points, plot_curves, plot_lines, plot_sizes, seeds_line
+from fedsim.errors import ConfigError
+from fedsim.report.curves import (
+    COLOURS,
+    Axis,
+    Line,
+    _lone_points,
+    plot_against_time,
+    plot_curves,
+    plot_lines,
+    plot_sizes,
+    plot_staleness,
+    seeds_line,
+)
 
 NAN = float("nan")
 
@@ -80,15 +93,65 @@ def test_seeds_become_mean_and_sample_deviation_of_the_rounds_that_all_have() ->
     assert seeds_line(runs, "test_accuracy", Axis("round", "round")) == ([], [], None)
 
 
-def test_positions_are_means_over_seeds_in_the_unit_of_the_axis() -> None:
+def test_positions_are_in_the_unit_of_the_axis() -> None:
     runs = [records([1.0] * 40, seconds=10.0), records([1.0] * 40, seconds=20.0)]
     wall = Axis.of("wall_seconds", runs)  # at most 800 s: minutes
     assert wall is not None and wall.label == "wall time (min)"
-    assert seeds_line(runs, "test_loss", wall)[0][:2] == pytest.approx([15 / 60, 30 / 60])
+    assert seeds_line(runs, "test_loss", wall)[0][:2] == pytest.approx([20 / 60, 30 / 60])  # at 10 s one has no value
     sent = Axis.of("bytes", runs)  # 40 rounds of 4 KiB
     assert sent is not None and sent.label.endswith("(KiB)")
     assert seeds_line(runs, "test_loss", sent)[0] == pytest.approx([4.0 * n for n in range(1, 41)])
     assert Axis.of("virtual_seconds", runs) is None
+
+
+def evaluated(*points: tuple[float, float]) -> list[dict[str, Any]]:
+    """A run by virtual time and test accuracy of its rounds."""
+    return [
+        {"round": n, "virtual_seconds": at, "test_accuracy": value} for n, (at, value) in enumerate(points, start=1)
+    ]
+
+
+def test_against_time_a_run_has_the_value_that_it_had_last() -> None:
+    runs = [evaluated((2, 0.1), (5, 0.3), (9, 0.5)), evaluated((1, 0.0), (3, 0.2), (4, 0.6), (6, 0.4), (7, 0.8))]
+    axis = Axis("virtual_seconds", "s")
+    x, y, std = seeds_line(runs, "test_accuracy", axis)
+    # From 2, when both have a value, to 7, where the second one ends.
+    pairs = [(2, 0.1, 0.0), (3, 0.1, 0.2), (4, 0.1, 0.6), (5, 0.3, 0.6), (6, 0.3, 0.4), (7, 0.3, 0.8)]
+    assert x == [at for at, _, _ in pairs]
+    assert y == pytest.approx([(a + b) / 2 for _, a, b in pairs])
+    assert std == pytest.approx([abs(a - b) / math.sqrt(2) for _, a, b in pairs])
+    # One run alone is drawn where it was evaluated; two that never overlap have no mean.
+    assert seeds_line(runs[:1], "test_accuracy", axis) == ([2, 5, 9], [0.1, 0.3, 0.5], None)
+    assert seeds_line([evaluated((1, 0.1)), evaluated((2, 0.1))], "test_accuracy", axis) == ([], [], None)
+    assert seeds_line([runs[0], []], "test_accuracy", axis) == ([], [], None)
+
+
+def test_a_long_mean_against_time_keeps_its_ends_and_few_points() -> None:
+    runs = [evaluated(*((n + shift, n / 5000) for n in range(1, 5001))) for shift in (0.0, 0.5)]
+    x, y, _ = seeds_line(runs, "test_accuracy", Axis("virtual_seconds", "s"))
+    assert len(x) == 1000 and (x[0], x[-1]) == (1.5, 5000)
+    assert y[-1] == pytest.approx((5000 + 4999) / 2 / 5000)
+
+
+def test_settings_are_drawn_against_virtual_time(tmp_path: Path) -> None:
+    rows = [("a_$b$", [evaluated((1, 0.1), (5, 0.5)), evaluated((2, 0.2), (6, 0.7))]), ("b", [evaluated((3, 0.9))])]
+    plot_against_time(rows, "accuracy", tmp_path / "x.svg", target=0.6)
+    text = (tmp_path / "x.svg").read_text()
+    assert all(colour.lower() in text for colour in COLOURS[:2]) and "stroke-dasharray" in text
+    plot_against_time(rows, "accuracy", tmp_path / "y.png")
+    with Image.open(tmp_path / "y.png") as image:
+        assert image.size == (1280, 840)
+    with pytest.raises(ConfigError, match="no run has a test loss; leave the picture out"):
+        plot_against_time(rows, "loss", tmp_path / "z.png")
+    with pytest.raises(ConfigError, match="no run took virtual time"):
+        plot_against_time([("a", [evaluated((0, 0.1))])], "accuracy", tmp_path / "z.png")
+
+
+@pytest.mark.parametrize("counts", [{0: 3}, {0: 3, 2: 1}, {7: 1}, dict.fromkeys(range(0, 4000, 7), 2)])
+def test_staleness_makes_a_histogram(counts: dict[int, int]) -> None:
+    text = plot_staleness(Counter(counts))
+    ElementTree.fromstring(text)
+    assert COLOURS[0].lower() in text and len(text) < 60_000
 
 
 def test_bytes_of_rounds_without_an_evaluation_count() -> None:

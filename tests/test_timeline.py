@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -86,8 +87,10 @@ def test_what_follows_the_last_task_of_an_event_driven_run_is_not_called_idle() 
 def test_a_run_is_read_from_its_files(tmp_path: Path) -> None:
     run = timed_run(
         tmp_path / "a",
-        [(7, 5, 6, 4, "done"), (7, 1, 3, 4, "done"), (2, 0, 2, 0, "dropout"), (2, 2, 4.5, 0, "late")]
-        + [(-1, 0, 6, 9, "done")],  # the server
+        [
+            *((7, 5, 6, 4, "done"), (7, 1, 3, 4, "done"), (2, 0, 2, 0, "dropout"), (2, 2, 4.5, 0, "late")),
+            (-1, 0, 6, 9, "done"),  # the server
+        ],
         models=[3, 6],
     )
     found = read_timeline(run)
@@ -200,7 +203,7 @@ def test_of_many_clients_forty_are_drawn_from_the_fastest_to_the_slowest() -> No
     figure = draw([("a", timeline(clients, 1000))])
     shown = [int(c) for c in rows(figure)]
     assert len(shown) == 40 and (shown[0], shown[-1]) == (99, 0) and shown == sorted(set(shown), reverse=True)
-    assert max(a - b for a, b in zip(shown, shown[1:], strict=False)) <= 3  # evenly: 99 steps over 39 gaps
+    assert max(a - b for a, b in pairwise(shown)) <= 3  # evenly: 99 steps over 39 gaps
     assert words(figure).startswith("40 of 100 clients")
 
 
@@ -276,11 +279,11 @@ def test_the_command_draws_runs_below_each_other_and_prints_how_long_clients_wer
     timed_run(tmp_path / "runs" / "b", visits, [2, 4], [{"0": 1}, {"1": 1}], config=PROX % 1)
     outcome = fedsim("timeline", "runs", "out=x.png", "seconds=3")
     assert (outcome.status, outcome.err) == (0, "")
-    lines = [text.split() for text in outcome.out.splitlines()]
-    assert lines[1] == "strategy=fedavg 2 2 25.00 % 0.00 % 50.00 % – – 2.0 s".split()
+    lines = [" ".join(text.split()) for text in outcome.out.splitlines()]
+    assert lines[1] == "strategy=fedavg 2 2 25.00 % 0.00 % 50.00 % – – 2.0 s"
     # Idle is counted to the end of the last task only: nobody was.
-    assert lines[2] == "strategy=fedprox 2 2 0.00 % 0.00 % 0.00 % 0.50 1 4.0 s".split()
-    assert lines[3] == ["x.png"] and (tmp_path / "x.png").exists()
+    assert lines[2] == "strategy=fedprox 2 2 0.00 % 0.00 % 0.00 % 0.50 1 4.0 s"
+    assert lines[3] == "x.png" and (tmp_path / "x.png").exists()
     timed_run(tmp_path / "runs" / "c", visits, [2], seed=7)
     named = fedsim("timeline", "runs").out
     assert "strategy=fedavg seed=7" in named and "strategy=fedavg seed=1" in named and "\ntimeline.png\n" in named
@@ -290,8 +293,7 @@ def test_the_command_draws_runs_below_each_other_and_prints_how_long_clients_wer
     "args, says",
     [
         ([], "fedsim timeline needs a run directory"),
-        (["run", "secs=3"], "no option secs=; it takes out=, seconds="),
-        (["run", "second=3"], "did you mean 'seconds'"),
+        (["run", "secs=3"], "no option secs= (did you mean 'seconds'?); it takes out=, seconds="),
         (["run", "seconds=0"], "seconds must be a virtual time > 0 in seconds, such as seconds=100, got '0'"),
         (["run", "seconds=1e999"], "got '1e999'"),
         (["run", "seconds=soon"], "got 'soon'"),
