@@ -41,6 +41,10 @@ class Asynchronous(Strategy):
     A round ends when the global model changes. Clients get the newest one with every task.
     """
 
+    batched: ClassVar[bool] = True
+    exempt: ClassVar[Mapping[str, str]] = {
+        "clients_trained_together_have_the_numbers_of_each_alone": "tasks are handed out one by one"
+    }
     unused: ClassVar[Mapping[str, str]] = {
         f"participation.{key}": "there are no cohorts: the method itself says who works when"
         for key in ("fraction", "clients_per_round", "probability", "deadline", "over_selection")
@@ -125,18 +129,18 @@ class Asynchronous(Strategy):
         for client, steps in plan.send:
             self._send(fed, state, client, steps)
         for _ in range(plan.draw):
-            client = fed.idle()
-            if client is not None:
-                self._send(fed, state, client, None)
+            while (client := fed.idle()) is not None and not self._send(fed, state, client, None):
+                pass
         for time, tag in plan.timers:
             fed.timer(time, tag)
         return state
 
-    def _send(self, fed: Federation, state: Any, client: int, steps: int | None) -> None:
+    def _send(self, fed: Federation, state: Any, client: int, steps: int | None) -> bool:
+        """Hands out a task; False: the client will never be there to take it."""
         schedule = fed.schedule
         assert schedule is not None
-        fed.dispatch(client, state, steps)
         schedule.started[client] = schedule.version
+        return fed.dispatch(client, state, steps) is not None
 
     def _adopt_buffers(self, fed: Federation, sums: Sequence[Terms]) -> None:
         """Batch-norm statistics: the mean over what is aggregated, every contribution alike."""

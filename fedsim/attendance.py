@@ -91,21 +91,17 @@ def select(
             raise Ended("no client is available any more")
         now = max(now, min(begins))
     found = [client for client in cohort if there(client)]
-    if len(found) < asked and getattr(participation, "refills", False):
-        tried = set(cohort)
-        while len(found) < asked and len(tried) < num_clients:
-            if 2 * len(tried) > num_clients:
-                more = rng.permutation([c for c in range(num_clients) if c not in tried]).tolist()
-            else:
-                more = [int(rng.integers(num_clients))]
-            for client in more:
-                if client not in tried:
-                    tried.add(client)
-                    found += [client] if there(client) else []
-                if len(found) == asked:
-                    break
-    if not found:  # a rule that leaves out may have left out all
-        found = [next(client for client in range(num_clients) if there(client))]
+    wanted = asked if getattr(participation, "refills", False) else 1  # a rule that leaves out may leave out all
+    tried = set(cohort)
+    while len(found) < wanted and len(tried) < num_clients:
+        if 2 * len(tried) > num_clients:
+            more = rng.permutation([c for c in range(num_clients) if c not in tried]).tolist()
+        else:
+            more = [int(rng.integers(num_clients))]
+        for client in more:
+            if client not in tried and len(found) < wanted:
+                tried.add(client)
+                found += [client] if there(client) else []
     return sorted(found), min(needed, len(found)), now
 
 

@@ -38,13 +38,13 @@ GROUPS = (
 LISTS = ("recipe", "tracker")
 #: Keys that do not change results.
 NEUTRAL = ("engine", "tracker", "run_dir", "resume", "name", "checkpoint", "rounds", "hydra")
-#: Keys that may be given anew when a run is resumed.
 #: Keys of the group ``engine`` that are not the engine's own arguments.
 ENGINE = ("device", "threads", "on_failure", "max_retries", "memory_budget")
 #: Keys of the group ``data`` that are not the source's own arguments.
 DATA = ("augment", "validation", "imbalance")
 #: Keys of the group ``participation`` that are not the rule's own arguments.
 PARTICIPATION = ("deadline", "over_selection")
+#: Keys that may be given anew when a run is resumed.
 RESUMABLE = ("engine", "tracker", "checkpoint", "rounds", "data.root")
 CONF = Path(__file__).parent / "conf"
 

@@ -167,6 +167,14 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     rule = {k: v for k, v in config["participation"].items() if k not in conf.PARTICIPATION}
     participation, system = instantiate(rule, "participation"), instantiate(config["system"], "system")
     participation.check(len(clients))
+    over = config["participation"].get("over_selection", 1.0)
+    if over > 1 and not getattr(participation, "refills", False):
+        raise ConfigError(
+            f"participation.over_selection={over:g} has no effect with participation={_short(rule)}: it asks for no "
+            "number of clients; choose participation=fixed or fraction"
+        )
+    if check := getattr(system, "check", None):
+        check(len(clients))
     availability = Always() if config.get("availability") is None else instantiate(config["availability"], "availability")
     availability.check(len(clients))
     info = Info(len(clients), dataset.num_classes, program.layout, seed, config["rounds"], config["client"]["lr"])

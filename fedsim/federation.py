@@ -10,7 +10,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import astuple, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -92,8 +92,8 @@ class Event:
     """Something that happened in virtual time.
 
     Attributes:
-        kind: ``arrival``; ``dropout``: a client can be reached again and has lost its task, or failed and is skipped;
-            or ``timer``.
+        kind: ``arrival``; ``dropout``: a client has lost its task and can be reached again, or has left for good, or
+            failed and is skipped; or ``timer``.
         time: When, in nanoseconds.
         client: Who arrived or dropped out; None for a timer.
         tag: The tag of a timer; None otherwise.
@@ -273,6 +273,7 @@ class Federation:
         Raises:
             ClientError: Local training failed.
             RunError: Nobody came back, however often they were asked.
+            Ended: Nobody of them can be reached any more.
         """
         cohort = tuple(sorted(int(c) for c in clients))
         self._check_clients(cohort)
@@ -352,7 +353,7 @@ class Federation:
 
         Returns:
             When it will be heard of again, in nanoseconds: by the planned steps, and an upload of one parameter
-            vector; None: never, the client leaves for good.
+            vector. A client that leaves for good is heard of when it leaves. None: it will never be there to take it.
 
         Raises:
             RunError: The network has batch norms whose statistics would be averaged, and no `schedule` says over whom.
@@ -377,33 +378,33 @@ class Federation:
         way = self._trip(client, visit, planned, piece.down[0], self.program)
         down = 0 if way is None else piece.down[0]
         self._round.bytes_down += down
-        begin, end, finished, back = (self.now, self.now, False, None) if way is None else astuple(way)
+        begin, end, finished = (self.now, self.now, False) if way is None else (way.begin, way.end, way.finished)
         flight = Flight(
             client,
             visit,
             self.round_num,
             steps,
-            self._latest,
-            piece.task.unicast,
+            self._latest if finished else Snapshot({}),  # what gets lost is not trained
+            piece.task.unicast if finished else {},
             piece.marks[0],
             down,
             begin,
             end,
             finished,
-            back,
         )
         self._flights.add(flight)
-        if back is None:
-            log.info("client %d leaves for good at %g virtual seconds", client, end / 1e9)
+        if way is None:
+            log.info("client %d cannot be reached any more", client)
             self._lose(flight, "dropout")
-        else:
-            self._clock.schedule(back, "arrival", client)
-        return back
+            return None
+        heard = way.end if way.back is None else way.back
+        self._clock.schedule(heard, "arrival", client)
+        return heard
 
     def idle(self) -> int | None:
         """A client without a task, drawn at random among those that are available; None if all are at work.
 
-        If nobody of many that were tried is available, it is one that will be.
+        If nobody of many that were tried is available, it is one that is not, which may come later.
         """
         assert self.schedule is not None
         self.schedule.draws += 1
@@ -419,7 +420,7 @@ class Federation:
 
         Raises:
             RunError: Nothing is under way and no timer is set.
-            Ended: All clients at work have left for good.
+            Ended: No client can be reached any more.
             ClientError: Local training failed.
         """
         if not len(self._clock) and self._flights.under_way:
@@ -704,7 +705,7 @@ class Federation:
             found = attend(trips, needed, self.now, self.limits.deadline)
             for client, outcome in sorted(found.lost.items()):
                 way = trips[client]
-                sent = 0 if way is None else down[client]
+                sent = 0 if way is None or way.begin > found.close else down[client]  # it may not have been there yet
                 self._round.bytes_down += sent
                 self._miss(client, phase, str(visit), self.round_num, sent, outcome)
                 if way is not None:
@@ -713,6 +714,8 @@ class Federation:
             if found.back:
                 back = tuple(client for client in cohort if client == SERVER or client in set(found.back))
                 return back, visit, found
+            if not any(trips.values()):
+                raise Ended(f"none of the {len(asked)} clients that are asked can be reached any more")
             self._clock.advance(max(found.close - self.now, 1))
         deadline = self.limits.deadline
         limit = "" if deadline is None else f" within participation.deadline={deadline:g} virtual seconds"

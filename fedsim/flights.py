@@ -49,14 +49,13 @@ class Flight:
         visit: The client's task number.
         round_num: Round in which it was handed out.
         steps: Local steps, or None for the configured work.
-        snapshot: What went down.
-        unicast: What went down to this client alone.
+        snapshot: What went down; empty for a task that gets lost: it is never trained.
+        unicast: What went down to this client alone; the same.
         marks: Digests of the `once` payloads that are new to the client, by memory row.
         down: Bytes that were sent to the client.
         begin: When the client takes it, nanoseconds.
         end: When it is back, or lost.
         finished: Whether something comes back.
-        back: When that is known: at ``end``, or when a client that left can be reached again; None: never.
     """
 
     client: int
@@ -70,7 +69,6 @@ class Flight:
     begin: int
     end: int
     finished: bool
-    back: int | None
 
 
 @dataclass
@@ -116,8 +114,7 @@ class Flights:
             if (place := places.setdefault(hashes[id(f.snapshot)], len(payloads))) == len(payloads):
                 payloads.append(f.snapshot.sent)
             flights.append(
-                (f.client, f.visit, f.round_num, f.steps, place, f.unicast, f.marks, f.down)
-                + (f.begin, f.end, f.finished, f.back)
+                (f.client, f.visit, f.round_num, f.steps, place, f.unicast, f.marks, f.down, f.begin, f.end, f.finished)
             )
         return flights, payloads
 

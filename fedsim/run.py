@@ -28,6 +28,7 @@ from fedsim.clients.availability import Always
 from fedsim.clients.local import Local
 from fedsim.clients.systems import Homogeneous
 from fedsim.clients.visit import Visit
+from fedsim.clock import ns
 from fedsim.data import IntArray, PartitionedClients
 from fedsim.engine.base import Engine, Score
 from fedsim.engine.worker import lead, sent_to
@@ -249,6 +250,7 @@ class Driver:
         if not p.round_num:
             raise RunError(f"round 1: {why}; look at availability") from why
         p.stopped = f"{why} at {self.fed.virtual_seconds:g} virtual seconds"
+        self._book()  # what came back since the latest model is in none
         self.fed.begin_round(p.round_num)
         if p.latest.get("round") != p.round_num:
             p.latest = self._evaluate(p.round_num)
@@ -332,7 +334,7 @@ class Driver:
 
     def _round(self, number: int) -> dict[str, Any]:
         p, fed = self.progress, self.fed
-        before = fed.virtual_seconds
+        since = fed.now
         p.state = rounds.following(fed, p.state, number)
         p.round_num = number
         self._book()
@@ -355,7 +357,7 @@ class Driver:
             p.stopped = f"virtual time reached {limit:g} s"
         if most is not None and p.totals["clients"] >= most:
             p.stopped = f"{p.totals['clients']:,} visits came back"
-        due = self._evaluation_is_due(number, before)
+        due = self._evaluation_is_due(number, since)
         if due or number == self.rounds or p.stopped:
             p.latest = self._evaluate(number)
             record |= {k: v for k, v in p.latest.items() if k != "round" and not k.startswith("class_")}
@@ -371,12 +373,13 @@ class Driver:
                 p.logged[name] = (before + value, count + 1)
         return record | fed.log
 
-    def _evaluation_is_due(self, number: int, before: float) -> bool:
-        """Whether the model after round ``number``, which began at ``before`` virtual seconds, is scored."""
-        every = self.config["eval"].get("virtual_seconds")
-        if every is None:
+    def _evaluation_is_due(self, number: int, since: int) -> bool:
+        """Whether the model after round ``number``, which began at ``since`` nanoseconds, is scored."""
+        seconds = self.config["eval"].get("virtual_seconds")
+        if seconds is None:
             return bool(number % self.config["eval"]["every"] == 0)
-        return int(self.fed.virtual_seconds // every) > int(before // every)
+        every = max(1, ns(seconds))  # whole numbers: 0.3 // 0.1 is 2
+        return self.fed.now // every > since // every
 
     def _book(self) -> None:
         """Books what the round did."""

@@ -31,7 +31,7 @@ class Plan:
         fold: Group to whose sum the update is added that has just arrived; None: to none.
         use: Groups from whose sums the next global model is made; empty: none is made now.
         send: Clients that get a task, and its local steps (None: the configured work).
-        draw: How many more tasks go to idle clients drawn at random.
+        draw: How many more tasks go to idle clients drawn at random; for one that never comes another is drawn.
         timers: Times in nanoseconds at which to be told, each with a tag.
     """
 
@@ -71,7 +71,7 @@ class Schedule:
         raise NotImplementedError
 
     def dropout(self, client: int, now: int) -> Plan:
-        """``client`` can be reached again at ``now``, and has lost its work."""
+        """``client`` has lost its work, and can be reached again at ``now``; or it has just left for good."""
         raise NotImplementedError
 
     def timer(self, tag: int, now: int) -> Plan:
@@ -104,7 +104,7 @@ class Schedule:
 def drawn(
     seed: int, number: int, num_clients: int, busy: Container[int], there: Callable[[int], bool]
 ) -> int | None:
-    """An idle client, uniformly among those that are available; if none of many tries is, then among all idle ones.
+    """An idle client, uniformly among those that are available; if none of many that were tried is, among all idle ones.
 
     Args:
         seed: The run's seed.
@@ -197,19 +197,23 @@ def simulate(
     """
     clock, seen, visits = Clock(), Simulated(), Counter[int]()
 
-    def send(client: int, count: int | None) -> None:
+    def send(client: int, count: int | None) -> bool:
         count = steps(client) if count is None else count
         visits[client] += 1
         way = trip(system, availability, client, visits[client], clock.now, count, bytes_down, bytes_up, seed)
         schedule.started[client] = schedule.version
         if way is None:  # it never comes
-            return
+            return False
         seen.pending[client] = Contribution(client, count, schedule.version, way.begin, way.end, way.finished)
-        if way.back is not None:
-            clock.schedule(way.back, "arrival", client)
+        clock.schedule(way.end if way.back is None else way.back, "arrival", client)
+        return True
 
     def there(client: int) -> bool:
         return is_there(availability, client, clock.now, seed)
+
+    def idle() -> int | None:
+        schedule.draws += 1
+        return drawn(seed, schedule.draws, num_clients, schedule.started, there)
 
     def carry_out(plan: Plan, start: int) -> None:
         stale = schedule.count(plan, start)
@@ -218,10 +222,8 @@ def simulate(
         for client, count in plan.send:
             send(client, count)
         for _ in range(plan.draw):
-            schedule.draws += 1
-            client = drawn(seed, schedule.draws, num_clients, schedule.started, there)
-            if client is not None:
-                send(client, None)
+            while (client := idle()) is not None and not send(client, None):
+                pass
         for time, tag in plan.timers:
             clock.schedule(time, "timer", tag)
 

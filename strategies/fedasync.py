@@ -8,11 +8,14 @@ Departures:
     2. Every client gets a new task as soon as it is back. With `concurrency` so many are at work, and whoever comes
        back makes room for an idle client drawn at random; the paper's scheduler triggers clients at random times.
     3. A client that loses its work gets another task as soon as it can be reached; the paper knows no such clients.
+    4. A model that started from the newest global one has staleness 0 and the full weight `alpha`. The paper's algorithm
+       compares with the number of the model that is being made, by which it would be 1.
+    5. Batch-norm statistics are those of the model that came back last: they are not mixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -77,8 +80,9 @@ class FedAsync(Asynchronous):
         concurrency: Clients at work, at least 1; null: all.
     """
 
-    batched: ClassVar[bool] = True
-    quick: ClassVar = {}
+    exempt: ClassVar[Mapping[str, str]] = Asynchronous.exempt | {
+        "one_full_batch_step_is_gradient_descent": "the server moves alpha of the way"
+    }
 
     alpha: float = 0.6
     staleness: str = "polynomial"

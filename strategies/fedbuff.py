@@ -38,8 +38,7 @@ class FedBuff(Asynchronous):
         concurrency: Clients at work, at least 1; null: all.
     """
 
-    batched: ClassVar[bool] = True
-    quick: ClassVar = {}
+    quick: ClassVar = {"buffer_size": 2}
 
     buffer_size: int = 10
     server_lr: float = 1.0
