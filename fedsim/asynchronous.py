@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -41,11 +41,10 @@ class Asynchronous(Strategy):
     A round ends when the global model changes. Clients get the newest one with every task.
     """
 
-    batched: ClassVar[bool] = True
-    exempt: ClassVar[Mapping[str, str]] = {
+    exempt: ClassVar[dict[str, str]] = {
         "clients_trained_together_have_the_numbers_of_each_alone": "tasks are handed out one by one"
     }
-    unused: ClassVar[Mapping[str, str]] = {
+    unused: ClassVar[dict[str, str]] = {
         f"participation.{key}": "there are no cohorts: the method itself says who works when"
         for key in ("fraction", "clients_per_round", "probability", "deadline", "over_selection")
     } | {"participation": "there are no cohorts: the method itself says who works when"}
@@ -129,7 +128,7 @@ class Asynchronous(Strategy):
         for client, steps in plan.send:
             self._send(fed, state, client, steps)
         for _ in range(plan.draw):
-            while (client := fed.idle()) is not None and not self._send(fed, state, client, None):
+            while (another := fed.idle()) is not None and not self._send(fed, state, another, None):
                 pass
         for time, tag in plan.timers:
             fed.timer(time, tag)

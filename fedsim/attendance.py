@@ -52,7 +52,12 @@ class Attendance:
 
 
 def select(
-    participation: Participation, availability: Availability, limits: Limits, num_clients: int, now: int, seed: int,
+    participation: Participation,
+    availability: Availability,
+    limits: Limits,
+    num_clients: int,
+    now: int,
+    seed: int,
     rng: np.random.Generator,
 ) -> tuple[list[int], int, int]:
     """A cohort of clients that are available.
@@ -111,9 +116,7 @@ def is_there(availability: Availability, client: int, now: int, seed: int) -> bo
     return stretch is not None and stretch[0] <= now
 
 
-def attend(
-    trips: Mapping[int, Trip | None], needed: int, now: int, deadline: float | None
-) -> Attendance:
+def attend(trips: Mapping[int, Trip | None], needed: int, now: int, deadline: float | None) -> Attendance:
     """Who of a cohort comes back in time.
 
     Args:
@@ -123,14 +126,14 @@ def attend(
         deadline: Seconds for which they are waited for; None: as long as it takes.
     """
     limit = math.inf if deadline is None else now + ns(deadline)
-    ends = {client: way.end for client, way in trips.items() if way is not None}
-    in_time = sorted((end, client) for client, end in ends.items() if trips[client].finished and end <= limit)
+    taken = {client: way for client, way in trips.items() if way is not None}
+    in_time = sorted((way.end, client) for client, way in taken.items() if way.finished and way.end <= limit)
     back = in_time[:needed]
     if len(back) == needed:
         close = back[-1][0]
     else:  # until the last one is back or lost, or is given up
-        close = max([now, *(int(min(end, limit)) for end in ends.values())])
-        if len(ends) < len(trips) and deadline is not None:  # who never comes is waited for as well
+        close = max([now, *(int(min(way.end, limit)) for way in taken.values())])
+        if len(taken) < len(trips) and deadline is not None:  # who never comes is waited for as well
             close = int(limit)
     who = {client for _, client in back}
     lost = {}

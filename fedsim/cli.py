@@ -31,6 +31,7 @@ fedsim: simulated federated learning
   fedsim compare <run> ...          table of several runs   fedsim compare runs/fedavg-digits runs/fedprox-digits
   fedsim report <run> ...           page about runs         fedsim report runs/fedavg-digits runs/fedprox-digits
   fedsim timeline <run> ...         who worked when         fedsim timeline runs/fedavg-digits runs/fedcompass-digits
+  fedsim schedule [key=value ...]   the same, untrained     fedsim schedule strategy=fedcompass system=exponential
   fedsim replay <run> <which>       one visit alone         fedsim replay runs/fedavg-digits/2026... round=7 client=42
   fedsim cluster up|down|status     a local Ray cluster     fedsim cluster up nodes=2 cpus=1
   fedsim doctor                     is all well here?       fedsim doctor
@@ -356,6 +357,13 @@ def _partition(args: list[str]) -> None:
     print(align(rows, left=2))
 
 
+def _schedule(args: list[str]) -> None:
+    exp, _ = _plan(_overrides(args, "--config-dir"), runs=False)
+    from fedsim.report.timetable import command
+
+    command(exp)
+
+
 def _words(args: Sequence[str], command: str, *keys: str) -> tuple[list[Path], dict[str, str]]:
     """Run directories, and options written as key=value.
 
@@ -487,6 +495,18 @@ COMMANDS: dict[str, tuple[Callable[[list[str]], None], str]] = {
         _list,
         """\
 fedsim list [group]: the config groups with their options, or the options of one group with their first lines
+
+  --config-dir <dir>  with config groups of your own
+""",
+    ),
+    "schedule": (
+        _schedule,
+        """\
+fedsim schedule [key=value ...]: who would work when under an event-driven method, without training
+
+Takes the overrides of a run: fedsim schedule strategy=fedcompass system=exponential partition.num_clients=20
+It ends as the run would: after `rounds` global models, `stop.virtual_seconds` or `stop.contributions`.
+The picture goes to schedule/ under `run_dir`.
 
   --config-dir <dir>  with config groups of your own
 """,

@@ -175,7 +175,9 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
         )
     if check := getattr(system, "check", None):
         check(len(clients))
-    availability = Always() if config.get("availability") is None else instantiate(config["availability"], "availability")
+    availability = (
+        Always() if config.get("availability") is None else instantiate(config["availability"], "availability")
+    )
     availability.check(len(clients))
     info = Info(len(clients), dataset.num_classes, program.layout, seed, config["rounds"], config["client"]["lr"])
     trackers = tuple(instantiate(node, f"tracker.{name}") for name, node in config["tracker"].items())

@@ -360,8 +360,8 @@ class Federation:
         """
         if self.buffers is not None and self.program.options.buffers == "mean" and self.schedule is None:
             raise RunError(
-                "this event-driven strategy does not average batch-norm statistics; set client.buffers=local or frozen, "
-                "or choose a model without batch norm"
+                "this event-driven strategy does not average batch-norm statistics; set client.buffers=local or "
+                "frozen, or choose a model without batch norm"
             )
         client = int(client)
         self._check_clients((client,))
@@ -664,12 +664,12 @@ class Federation:
         counter = {"dropout": "dropouts", "late": "late", "failed": "failures"}[outcome]
         setattr(self._round, counter, getattr(self._round, counter) + 1)
         self._round.visits.append(
-            Record(
-                round_num, client, phase, visit, 0, 0, math.nan, down, 0, "", "", self.round_num, outcome=outcome
-            )
+            Record(round_num, client, phase, visit, 0, 0, math.nan, down, 0, "", "", self.round_num, outcome=outcome)
         )
 
-    def _trip(self, client: int, visit: int | str, steps: int, down: int, program: Program, up: int = -1) -> Trip | None:
+    def _trip(
+        self, client: int, visit: int | str, steps: int, down: int, program: Program, up: int = -1
+    ) -> Trip | None:
         """Where a client is when, if it is given a task now; ``up``: bytes that it sends, if they are known."""
         up = 4 * program.shared_size if up < 0 else up
         return trip(self.system, self.availability, client, visit, self.now, steps, down, up, self.seed)

@@ -101,10 +101,8 @@ class Schedule:
         return stale
 
 
-def drawn(
-    seed: int, number: int, num_clients: int, busy: Container[int], there: Callable[[int], bool]
-) -> int | None:
-    """An idle client, uniformly among those that are available; if none of many that were tried is, among all idle ones.
+def drawn(seed: int, number: int, num_clients: int, busy: Container[int], there: Callable[[int], bool]) -> int | None:
+    """An idle client, uniformly among those that are available; if none of many tries is, then among all idle ones.
 
     Args:
         seed: The run's seed.
@@ -222,7 +220,7 @@ def simulate(
         for client, count in plan.send:
             send(client, count)
         for _ in range(plan.draw):
-            while (client := idle()) is not None and not send(client, None):
+            while (another := idle()) is not None and not send(another, None):
                 pass
         for time, tag in plan.timers:
             clock.schedule(time, "timer", tag)

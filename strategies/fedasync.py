@@ -8,20 +8,20 @@ Departures:
     2. Every client gets a new task as soon as it is back. With `concurrency` so many are at work, and whoever comes
        back makes room for an idle client drawn at random; the paper's scheduler triggers clients at random times.
     3. A client that loses its work gets another task as soon as it can be reached; the paper knows no such clients.
-    4. A model that started from the newest global one has staleness 0 and the full weight `alpha`. The paper's algorithm
-       compares with the number of the model that is being made, by which it would be 1.
+    4. A model that started from the newest global one has staleness 0 and the full weight `alpha`. The paper's
+       algorithm compares with the number of the model that is being made, by which it would be 1.
     5. Batch-norm statistics are those of the model that came back last: they are not mixed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
-from fedsim.asynchronous import AsyncState, Asynchronous, Terms, check_discount, discount, moved
+from fedsim.asynchronous import Asynchronous, AsyncState, Terms, check_discount, discount, moved
 from fedsim.clients.local import Local
 from fedsim.federation import Federation
 from fedsim.reduce import Entry, Reduced, mean
@@ -80,7 +80,7 @@ class FedAsync(Asynchronous):
         concurrency: Clients at work, at least 1; null: all.
     """
 
-    exempt: ClassVar[Mapping[str, str]] = Asynchronous.exempt | {
+    exempt: ClassVar = Asynchronous.exempt | {
         "one_full_batch_step_is_gradient_descent": "the server moves alpha of the way"
     }
 

@@ -18,7 +18,7 @@ from typing import ClassVar
 
 import torch
 
-from fedsim.asynchronous import AsyncState, Asynchronous, Terms, check_discount, discount, moved
+from fedsim.asynchronous import Asynchronous, AsyncState, Terms, check_discount, discount, moved
 from fedsim.federation import Federation
 from fedsim.reduce import Reduced
 from fedsim.strategies.fedasync import Pool, check_concurrency

@@ -24,7 +24,7 @@ Departures:
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -277,15 +277,11 @@ class FedCompass(Asynchronous):
             in (0, 1].
     """
 
-    exempt: ClassVar = {
-        "one_full_batch_step_is_gradient_descent": "a task has q_min local steps, and the server takes alpha of it",
-        "clients_trained_together_have_the_numbers_of_each_alone": "every client's task is one of its own",
+    exempt: ClassVar = Asynchronous.exempt | {
+        "one_full_batch_step_is_gradient_descent": "a task has q_min local steps, and the server takes alpha of it"
     }
     quick: ClassVar = {"q_min": 2, "q_max": 10}
-    exempt: ClassVar[Mapping[str, str]] = Asynchronous.exempt | {
-        "one_full_batch_step_is_gradient_descent": "the server moves alpha of the way, and a task has q_min steps"
-    }
-    unused: ClassVar[Mapping[str, str]] = Asynchronous.unused | dict.fromkeys(
+    unused: ClassVar = Asynchronous.unused | dict.fromkeys(
         ("client.epochs", "client.steps"), "the scheduler gives every task its number of steps"
     )
 

@@ -9,9 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.visits import HEADER, LEAST
+
 AVG = "strategy: {_target_: fedsim.strategies.fedavg.FedAvg, server_lr: 1.0}"
 PROX = "strategy: {_target_: fedsim.strategies.fedprox.FedProx, server_lr: 1.0, mu: %s}"
 DATA = "data: {_target_: fedsim.datasets.digits.Digits, root: null, validation: 0.0}"
+
+#: Client, begin and end in seconds, steps, outcome.
+Visit = tuple[int, float, float, int, str]
 
 
 def make_run(
@@ -63,4 +68,31 @@ def fill(path: Path) -> Path:
         "class,name,num_train,num_test,accuracy,precision,f1\n0,cat,1234,10,0.7831,0.5,0.61\n1,<b>dog,10,0,nan,nan,nan\n"
     )
     np.savez(path / "partition.npz", offsets=np.array([0, 10, 30, 40, 45]), indices=np.arange(45))
+    return path
+
+
+def visit_line(visit: Visit, columns: int = LEAST + 3) -> str:
+    """A line of ``visits.csv``, of which an older file has fewer columns."""
+    client, begin, end, steps, outcome = visit
+    cells = [1, client, "train", 1, steps, steps, 0.5, 10, 10, "ab", "cd", 1, int(begin * 1e9), int(end * 1e9), outcome]
+    return ",".join(map(str, cells[:columns])) + "\n"
+
+
+def timed_run(
+    path: Path,
+    visits: Sequence[Visit],
+    models: Sequence[float],
+    staleness: Sequence[Mapping[str, int]] = (),
+    seed: int = 1,
+    config: str = AVG,
+) -> Path:
+    """A run whose global models were made at these times, in seconds."""
+    records: list[dict[str, Any]] = [
+        {"round": n, "virtual_seconds": at, "clients": 1, "test_accuracy": 0.5, "bytes_down": 1, "bytes_up": 1}
+        for n, at in enumerate(models, start=1)
+    ]
+    for record, table in zip(records, staleness, strict=False):
+        record["staleness"] = table
+    make_run(path, seed, config=f"{config}\n{DATA}", records=records)
+    (path / "visits.csv").write_text(HEADER + "".join(map(visit_line, visits)))
     return path

@@ -225,7 +225,7 @@ def make(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], Availab
 
 def test_answers_do_not_depend_on_earlier_questions(make: Callable[[], Availability]) -> None:
     chance = random.Random(0)
-    questions = [(chance.randrange(8), chance.randrange(10_000 * S), chance.randrange(2)) for _ in range(300)]
+    questions = [(chance.randrange(8), chance.randrange(3000 * S), chance.randrange(2)) for _ in range(300)]
     one = make()
     for question in questions:
         assert one.interval(*question) == make().interval(*question)
@@ -328,6 +328,16 @@ def test_turns_have_exponential_lengths() -> None:
     assert far_off(off, lambda x: 1 - math.exp(-x / 300)) < 1.95
 
 
+def test_a_turn_tells_nothing_about_the_next_ones() -> None:
+    # Two turns are both shorter than their medians, ln 2 times the mean, with probability 1/4 if they are independent.
+    model, short = Markov(100.0, 300.0), math.log(2) * S
+    rows = [list(walk(model, client, 20_000 * S))[:11] for client in range(200)]
+    turns = [(c - b < 300 * short, d - c < 100 * short) for row in rows for (_, b), (c, d) in pairwise(row)]
+    assert near(sum(off and on for off, on in turns), len(turns), 0.25)
+    assert near(sum(a[1] and b[1] for a, b in pairwise(turns)), len(turns) - 1, 0.25)
+    assert near(sum(a[1] and b[0] for a, b in pairwise(turns)), len(turns) - 1, 0.25)
+
+
 # --- diurnal ----------------------------------------------------------------------------------------------
 
 
@@ -383,7 +393,14 @@ def test_a_trace_is_read_in_any_order_and_touching_lines_are_one_stretch(tmp_pat
     assert model.interval(2, 0, 0) is None
 
 
-PATTERNS = st.lists(st.booleans(), min_size=12, max_size=12).filter(any)
+def test_a_stretch_goes_on_over_the_end_of_the_trace_into_its_repeat(tmp_path: Path) -> None:
+    model = Trace(recording(tmp_path, "client,on,off\n0,90,100\n0,0,10\n0,40,50\n1,0,60\n1,60,100\n"), 100)
+    wanted = [(0, 10), (40, 50), (90, 110), (140, 150), (190, 210), (240, 250), (290, 310)]
+    assert list(walk(model, 0, 300 * S)) == [(a * S, b * S) for a, b in wanted]
+    assert model.interval(1, 0, 0) == model.interval(1, 250 * S, 0) == (0, None)
+
+
+PATTERNS = st.lists(st.booleans(), min_size=12, max_size=12).filter(lambda pattern: any(pattern) and not all(pattern))
 
 
 @given(pattern=PATTERNS)
@@ -392,9 +409,6 @@ def test_a_repeated_trace_is_the_same_in_every_period(pattern: list[bool], tmp_p
     # A line for every second of twelve in which the client is there.
     lines = "client,on,off\n" + "".join(f"0,{i},{i + 1}\n" for i, on in enumerate(pattern) if on)
     model = Trace(recording(tmp_path_factory.mktemp("trace"), lines), 12.0)
-    if all(pattern):
-        assert model.interval(0, 7 * S, 0) == (0, None)
-        return
     on = [pattern[t % 12] for t in range(60)]
     assert [there(model, 0, t * S) for t in range(60)] == on
     for begin, end in walk(model, 0, 40 * S):

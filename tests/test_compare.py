@@ -251,6 +251,9 @@ def test_time_and_contributions_until_the_first_evaluation_at_the_target(tmp_pat
 def test_without_virtual_time_nothing_is_said_of_it(tmp_path: Path) -> None:
     header, _ = texts(compare([timed(tmp_path / "a", 1, [0.9], 0.0)], 0.8))
     assert "rounds to 80 %" in header and not any("virtual" in name for name in header)
+    # Beside a run with virtual time it is not the one that took none.
+    beside = compare([tmp_path / "a", timed(tmp_path / "b", 1, [0.9], 5.0, PROX % 1)], 0.8)
+    assert [row[texts(beside)[0].index("virtual time to 80 %")] for row in texts(beside)[1:]] == ["-", "5.0 s"]
 
 
 def test_times_to_the_target_are_put_in_relation_to_a_strategy_in_the_same_setting(tmp_path: Path) -> None:

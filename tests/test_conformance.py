@@ -262,7 +262,7 @@ def test_clients_that_took_no_part_keep_their_memory(
         visited.update(clients)
         return train(self, clients, state, **options)
 
-    def spy_dispatch(self: Federation, client: int, *args: Any, **options: Any) -> int:
+    def spy_dispatch(self: Federation, client: int, *args: Any, **options: Any) -> int | None:
         visited.add(client)
         return dispatch(self, client, *args, **options)
 
@@ -352,7 +352,7 @@ def test_reported_bytes_are_those_of_entries_and_payloads(
         visits.extend(clients)
         return train(self, clients, state, **options)
 
-    def spy_dispatch(self: Federation, client: int, state: Any, *args: Any, **options: Any) -> int:
+    def spy_dispatch(self: Federation, client: int, state: Any, *args: Any, **options: Any) -> int | None:
         visit(self, [client], state, None)
         return dispatch(self, client, state, *args, **options)
 

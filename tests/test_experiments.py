@@ -68,7 +68,9 @@ def test_the_commands_that_a_preset_names_compose(name: str) -> None:
             check(compose([*job, *(o for o in NEEDED.get(name, []) if not any(o.split("=")[0] in j for j in job))]))
 
 
-@pytest.mark.parametrize("name", [*CIFAR, *LOGE, *FLIP, "fedlex_mnist_pathological", "fedld_images", "fedd2s_cifar10"])
+@pytest.mark.parametrize(
+    "name", [*CIFAR, *LOGE, *FLIP, "fedlex_mnist_pathological", "fedld_images", "fedd2s_cifar10", "fedcompass_mnist"]
+)
 def test_a_published_preset_says_what_is_published_how_long_it_takes_and_what_differs(name: str) -> None:
     for word in ("Published: ", "Time: ", "Differs from "):
         assert len(re.findall(rf"^ {word}", head(name), re.MULTILINE)) == 1
@@ -166,6 +168,22 @@ def test_the_fedlex_preset_has_the_settings_of_the_official_example() -> None:
     assert (method["explorers"], method["explore_epochs"], method["patience"], method["beta"]) == (1.0, 150, 40, 0.9)
     assert (config["model"]["hidden"], config["model"]["init"]) == (200, "xavier_normal")
     assert (config["data"]["size"], config["data"]["augment"]) == (24, ["flip"])
+
+
+def test_the_fedcompass_preset_has_the_settings_of_the_official_scripts() -> None:
+    config = composed("fedcompass_mnist")
+    client, method, system = config["client"], config["strategy"], config["system"]
+    assert (client["optimizer"], client["lr"], client["batch_size"], client["keep_optimizer"]) == (
+        "adam",
+        1e-3,
+        64,
+        False,
+    )
+    assert (method["q_min"], method["q_max"], method["lam"], method["rho"]) == (20, 100, 1.2, 0.9)
+    assert (method["alpha"], method["staleness"], method["a"]) == (0.9, "polynomial", 0.5)
+    assert (system["seconds_per_step"], system["scale"], system["bin"], system["jitter"]) == (0.15, 0.5, 0.1, 0.05)
+    assert (config["partition"]["num_clients"], config["model"]["padding"], config["data"]["size"]) == (5, 0, None)
+    assert config["partition"]["_target_"].endswith(".ClassPartition")
 
 
 @pytest.mark.parametrize(("name", "imbalance", "fraction", "depth"), [(LOGE[0], 50, 1.0, 18), (LOGE[1], 100, 0.3, 34)])
@@ -330,6 +348,7 @@ SMALL = {
     **dict.fromkeys(LOGE, LONG_TAIL),
     "fedd2s_cifar10": [*ONE_STEP, "partition.num_clients=2", "strategy.server_epochs=1"],
     "fedlex_mnist_pathological": [*ONE_STEP, "strategy.explore_epochs=1"],
+    "fedcompass_mnist": ["strategy.q_min=1", "strategy.q_max=1"],
     "autoflip_mnist": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=5"],
     "autoflip_cifar10": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=5", "partition.holdout=0"],
     "autoflip_cifar100": [*ONE_STEP, "strategy.explore_epochs=1", "partition.num_clients=1"],

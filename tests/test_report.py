@@ -20,9 +20,10 @@ import pytest
 from fedsim.errors import ConfigError
 from fedsim.report import html
 from fedsim.report.html import write_report
+from fedsim.report.timeline import write_own_timeline
 from fedsim.rundir import RunDir, read_summary
 from tests.cli import QUICK, Fedsim, only_run, process
-from tests.run_dirs import AVG, DATA, PROX, fill, make_run, rounds
+from tests.run_dirs import AVG, DATA, PROX, fill, make_run, rounds, timed_run
 
 NAN = math.nan
 
@@ -200,6 +201,50 @@ def test_a_regression_is_told_by_its_loss(tmp_path: Path) -> None:
     assert found.row("global model")[1:] == ["2.0000", "0.5000", "3.0000"]
     assert found.all("img")[-1]["alt"].endswith("From the worst client to the best: global model 3.0000 to 1.0000.")
     assert "ccuracy" not in re.sub(r"base64,[^\"]*|<pre>.*?</pre>", "", found.source, flags=re.DOTALL)
+
+
+def waiting(path: Path, seed: int = 1, config: str = AVG, staleness: bool = False) -> Path:
+    """A run of two clients, of which one waits for the other: 50 % accuracy after two rounds of 2 virtual seconds."""
+    visits = [(c, 2.0 * n, 2.0 * n + 1 + c, 4, "done") for n in range(2) for c in range(2)]
+    tables = [{"0": 1, "3": 1}] * 2 if staleness else []
+    run = timed_run(path, visits, [2, 4], tables, seed, f"{config}\neval: {{target_accuracy: 0.5}}")
+    write_own_timeline(run, path.name)
+    return run
+
+
+def test_who_worked_when_is_told_of_runs_whose_clients_wait(tmp_path: Path) -> None:
+    found = page(waiting(tmp_path / "a", staleness=True))
+    assert found.sections.index("Virtual time") < found.sections.index("Cost")
+    assert {"Who worked when", "Staleness of the contributions"} <= set(found.pictures)
+    # Of an event-driven run idle time counts to the client's last task: client 0 waits for one of three seconds.
+    assert ["2", "4", "16.67 %", "0.00 %", "33.33 %", "1.50", "3", "4.0 s"] in found.rows
+    # Both accuracies are 50 %: the target is reached in round 1, after 2 s, 1 + 1 bytes, one contribution.
+    assert ["2.0 s", "1", "2 B", "1"] in found.rows
+    drawn = {image["src"] for image in found.all("img")}
+    picture = base64.b64encode((tmp_path / "a" / "figures" / "timeline.png").read_bytes()).decode()
+    assert f"data:image/png;base64,{picture}" in drawn
+
+
+def test_runs_are_told_beside_each_other_in_virtual_time(tmp_path: Path) -> None:
+    runs = [waiting(tmp_path / f"a{s}", s) for s in (1, 2)]
+    runs.append(waiting(tmp_path / "b", 1, PROX % 1, staleness=True))
+    found = page(*runs)
+    assert "Who worked when (the first seed of each)" in found.pictures
+    assert "Share of the contributions that were at most so many global models old" in found.pictures
+    # To the end of the run one client of FedAvg waits for two of four seconds.
+    assert found.row("strategy=fedavg, seed 2")[1:4] == ["2", "4", "25.00 %"]
+    assert "virtual time to 50 %" in found.rows[0]
+
+
+def test_a_run_whose_rounds_all_look_the_same_has_no_timeline(tmp_path: Path) -> None:
+    run = waiting(tmp_path / "a")
+    (run / "timeline.csv").unlink()  # as a driver leaves it that wrote none
+    assert "Who worked when" not in page(run).pictures
+
+
+def test_a_target_that_was_not_reached_is_said(tmp_path: Path) -> None:
+    run = example(tmp_path / "a", config=f"{AVG}\neval: {{target_accuracy: 0.8}}")
+    assert "A test accuracy of 80 % was not reached." in page(run).texts["p"]
 
 
 def test_an_unfinished_run_is_told_as_far_as_it_came(tmp_path: Path) -> None:
@@ -530,6 +575,7 @@ def test_a_slip_on_the_command_line_is_one_line(fedsim: Fedsim, tmp_path: Path, 
         ),
         ("metrics.jsonl", b'{"round": 1}\n{\n{"round": 3}\n', "metrics.jsonl:2: damaged line"),
         ("metrics.jsonl", b'{"round": 1, "bytes_up": []}\n', "`bytes_up` must be a number"),
+        ("metrics.jsonl", b'{"round": 1, "staleness": [1]}\n', "`staleness` must be a table of whole numbers"),
         ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl is damaged: it holds no round, but 5 were done"),
         ("metrics.jsonl", b"", "metrics.jsonl is damaged: it holds no round, but 5 were done"),
         ("metrics.jsonl", b'{"round": 1}\n{"round": 2}\n', "it ends with round 2, but 5 were done (summary.json)"),

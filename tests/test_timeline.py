@@ -6,11 +6,12 @@ import csv
 import io
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.collections import LineCollection, PolyCollection
 from matplotlib.figure import Figure
@@ -19,38 +20,9 @@ from fedsim.errors import ConfigError
 from fedsim.report.timeline import Task, Timeline, draw, facts, plot_timeline, read_timeline, write_own_timeline
 from fedsim.visits import HEADER, LEAST
 from tests.cli import Fedsim
-from tests.run_dirs import AVG, DATA, PROX, make_run
+from tests.run_dirs import PROX, timed_run, visit_line
 
 S = 10**9  # nanoseconds
-
-#: Client, begin and end in seconds, steps, outcome.
-Visit = tuple[int, float, float, int, str]
-
-
-def line(visit: Visit, columns: int = LEAST + 3) -> str:
-    client, begin, end, steps, outcome = visit
-    cells = [1, client, "train", 1, steps, steps, 0.5, 10, 10, "ab", "cd", 1, int(begin * S), int(end * S), outcome]
-    return ",".join(map(str, cells[:columns])) + "\n"
-
-
-def timed_run(
-    path: Path,
-    visits: Sequence[Visit],
-    models: Sequence[float],
-    staleness: Sequence[Mapping[str, int]] = (),
-    seed: int = 1,
-    config: str = AVG,
-) -> Path:
-    """A run whose global models were made at these times, in seconds."""
-    records: list[dict[str, Any]] = [
-        {"round": n, "virtual_seconds": at, "clients": 1, "test_accuracy": 0.5, "bytes_down": 1, "bytes_up": 1}
-        for n, at in enumerate(models, start=1)
-    ]
-    for record, table in zip(records, staleness, strict=False):
-        record["staleness"] = table
-    make_run(path, seed, config=f"{config}\n{DATA}", records=records)
-    (path / "visits.csv").write_text(HEADER + "".join(map(line, visits)))
-    return path
 
 
 def tasks(*times: tuple[float, float], steps: int = 10, outcome: str = "done") -> list[Task]:
@@ -120,7 +92,7 @@ def test_a_run_without_times_has_no_timeline(tmp_path: Path) -> None:
     assert read_timeline(timed_run(tmp_path / "no clock", [(0, 0, 0, 4, "done")], [0.0, 0.0])) is None
     assert read_timeline(timed_run(tmp_path / "visits last no time", [(0, 0, 0, 4, "done")], [1, 2])) is None
     old = timed_run(tmp_path / "old", [visit], [2])
-    (old / "visits.csv").write_text(",".join(HEADER.split(",")[:LEAST]) + "\n" + line(visit, LEAST))
+    (old / "visits.csv").write_text(",".join(HEADER.split(",")[:LEAST]) + "\n" + visit_line(visit, LEAST))
     assert read_timeline(old) is None
     gone = timed_run(tmp_path / "gone", [visit], [2])
     (gone / "visits.csv").unlink()
@@ -150,7 +122,7 @@ def bars(figure: Figure, panel: int = 0) -> list[tuple[float, float, float, str]
     found = []
     for bar in figure.axes[panel].collections:
         if isinstance(bar, PolyCollection):
-            colour = to_hex(bar.get_facecolor()[0]).upper()  # type: ignore[index]
+            colour = to_hex(np.asarray(bar.get_facecolor())[0]).upper()
             for path in bar.get_paths():
                 box = path.get_extents()
                 found.append((round((box.y0 + box.y1) / 2, 6), round(box.x0, 6), round(box.x1, 6), colour))
@@ -260,7 +232,7 @@ def test_a_run_that_ends_leaves_its_timeline_and_nothing_of_an_earlier_end(tmp_p
     table, picture = run / "timeline.csv", run / "figures" / "timeline.png"
     write_own_timeline(run, "a")
     assert table.read_text().splitlines()[1:] == ["0,1,1,2.0,0.0", "1,1,1,1.0,1.0"] and picture.exists()
-    (run / "visits.csv").write_text(HEADER + line((0, 0, 2, 4, "done")))  # one client waits for nobody
+    (run / "visits.csv").write_text(HEADER + visit_line((0, 0, 2, 4, "done")))  # one client waits for nobody
     write_own_timeline(run, "a")
     assert table.exists() and not picture.exists()
     (run / "metrics.jsonl").write_text('{"round": 1, "virtual_seconds": 0.0}\n')

@@ -28,6 +28,7 @@ from fedsim.report.curves import (
 from fedsim.report.runs import MODES, Group, Run, described
 from fedsim.report.text import number, percent
 from fedsim.report.timeline import FACTS, Timeline, draw, facts, png, read_timeline
+from fedsim.report.timeline import NAME as TIMELINE
 
 if TYPE_CHECKING:
     from fedsim.data import IntArray
@@ -145,7 +146,12 @@ def _spread_line(look: Key, ordered: Sequence[float]) -> Line:
 
 
 def virtual_time(groups: Sequence[Group]) -> Iterator[Block]:
-    """Which client worked when, how long clients were idle, and how old their contributions were."""
+    """Which client worked when, how long clients were idle, and how old their contributions were.
+
+    Nothing where all runs are finished and none left a timeline: every round of theirs looks the same.
+    """
+    if not any(run.summary is None or (run.path / TIMELINE).exists() for g in groups for run in g.runs):
+        return
     runs = [(g, run, found) for g in groups for run in g.runs if (found := read_timeline(run.path, run.records))]
     if not runs:
         return

@@ -149,7 +149,9 @@ def read_timeline(run: Path, records: Records | None = None) -> Timeline | None:
         return None  # written before visits had times
     for found in tasks.values():
         found.sort()
-    stale = sum((staleness_of(run, r) for r in records), Counter[int]())
+    stale = Counter[int]()
+    for r in records:
+        stale.update(staleness_of(run, r))
     return Timeline(tasks, models, models[-1], stale, any("staleness" in r for r in records))
 
 
@@ -392,6 +394,11 @@ def _heading(lines: Sequence[Timeline], rows: Sequence[int], window: int, end: i
     who = f"{len(rows)} of {everyone:,} clients" if len(rows) < everyone else f"{everyone} clients"
     when = f"the first {human_seconds(window * _NS)} of {human_seconds(end * _NS)}" if window < end else "the whole run"
     return f"{who}, from the fastest to the slowest; {when}; numbers in bars are local steps"
+
+
+def save(runs: Sequence[tuple[str, Timeline]], path: Path) -> None:
+    """Draws timelines as `plot_timeline`, of which the caller has the tasks."""
+    _save(draw(runs), path)
 
 
 def png(figure: Figure) -> bytes:
