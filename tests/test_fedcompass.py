@@ -260,14 +260,14 @@ def walked(
     return seen
 
 
-FIGURE = (6.0, 12.0, 15.0, 24.0, 30.0)  # 0.1, 0.2, 0.25, 0.4, 0.5 minutes per step
+FIGURE = (0.1, 0.2, 0.25, 0.4, 0.5)  # per step; minutes there, seconds here
 STEADY = [(0, 100, 0), (1, 50, 0), (2, 40, 0), (3, 25, 0), (4, 20, 0)]
 OPENING = [(2, [(0, 20, 0)]), (4, [(1, 20, 1)]), (5, [(2, 20, 2)]), (8, [(3, 20, 3)]), (10, [(4, 20, 4)])]
 OPENING += [(12, [(0, 100, 4), (1, 40, 3), (2, 28, 2)])]
 LOW = [(22, [(0, 100, 0), (1, 50, 0), (2, 40, 0), (3, 35, 2), (4, 24, 1)])]
-LOW += [(minute, STEADY) for minute in (32, 42, 52, 62)]
+LOW += [(time, STEADY) for time in (32, 42, 52, 62)]
 HIGH = [(22, [(0, 100, 0)]), (24, [(0, 20, 0), (1, 60, 1), (2, 48, 1), (3, 40, 3), (4, 28, 2)])]
-HIGH += [(minute, STEADY) for minute in (34, 44, 54, 64)]
+HIGH += [(time, STEADY) for time in (34, 44, 54, 64)]
 
 
 @pytest.mark.parametrize(
@@ -279,9 +279,9 @@ def test_the_timetable_of_the_paper_s_figure(options: dict[str, Any], after: lis
     expected = [*OPENING, *after]
     schedule = traced(options)
     walked(schedule, Given(FIGURE), 5, len(expected))
-    assert [(time / 60e9, tasks) for time, tasks in schedule.trace] == expected
+    assert [(time / 1e9, tasks) for time, tasks in schedule.trace] == expected
     plain = derived(Given(FIGURE).seconds, 5, len(expected), **options)
-    assert [(round(e.time / 60, 9), e.trace(v)) for v, e in enumerate(plain)] == expected
+    assert [(round(e.time, 9), e.trace(v)) for v, e in enumerate(plain)] == expected
 
 
 def test_in_the_figure_clients_make_2_35_times_the_steps_of_fedavg() -> None:
@@ -351,6 +351,9 @@ def test_dispatched_tasks_are_aggregated_waiting_lost_or_under_way() -> None:
             gone = sum(not task.finished for task in seen.contributions)
             assert schedule.sent == len(used) + schedule.replaced + held + gone + len(seen.pending)
             assert held == sum(map(len, schedule.waiting.values()))
+            for group in schedule.groups.values():
+                speeds = [schedule.devices[i].speed for i in (*group.pending, *group.arrived)]
+                assert group.fastest in (0, min(speeds))
             if seen.events == 250:
                 break
         assert min(used) >= 0 and max(used) > 0
