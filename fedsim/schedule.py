@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from fedsim import random
 from fedsim.attendance import is_there
@@ -127,8 +128,7 @@ def drawn(seed: int, number: int, num_clients: int, busy: Container[int], there:
     return left[random.derive(seed, "idle", number) % len(left)] if left else None
 
 
-@dataclass(frozen=True, slots=True)
-class Contribution:
+class Contribution(NamedTuple):
     """A task of a simulated timetable.
 
     Attributes:
@@ -193,12 +193,12 @@ def simulate(
     Yields:
         The same object after every event, brought up to date; ends when no event can come.
     """
-    clock, seen, visits = Clock(), Simulated(), Counter[int]()
+    clock, seen, visits = Clock(), Simulated(), dict[int, int]()
 
     def send(client: int, count: int | None) -> bool:
         count = steps(client) if count is None else count
-        visits[client] += 1
-        way = trip(system, availability, client, visits[client], clock.now, count, bytes_down, bytes_up, seed)
+        visits[client] = visit = visits.get(client, 0) + 1
+        way = trip(system, availability, client, visit, clock.now, count, bytes_down, bytes_up, seed)
         schedule.started[client] = schedule.version
         if way is None:  # it never comes
             return False

@@ -241,7 +241,9 @@ def test_what_the_data_do_not_give_is_refused_with_the_numbers(
 def test_a_search_that_has_no_hope_ends_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     # 20 clients of one class each cover 20 classes with probability 20! / 20^20 = 2e-8.
     monkeypatch.setattr(class_partition, "MOST_NUMBERS", 12_000)
-    with pytest.raises(DataError, match=r"^30 draws of 1 to 1 of 20 classes for each of 20 clients .*raise partition.max"):
+    with pytest.raises(
+        DataError, match=r"^30 draws of 1 to 1 of 20 classes for each of 20 .*raise partition\.max_classes"
+    ):
         ClassPartition(20, 1, 1)(np.repeat(np.arange(20), 5), {}, rng())
 
 

@@ -90,9 +90,7 @@ def command(exp: Experiment) -> None:
     try:
         save([(exp.name, timeline)], path)
     except (OSError, RunError) as exc:
-        raise ConfigError(
-            f"cannot draw {path}: {one_line(exc)}; set run_dir= to a folder that can be written"
-        ) from exc
+        raise ConfigError(f"cannot draw {path}: {one_line(exc)}; set run_dir= to a folder that can be written") from exc
     described = exp.describe()
     rows = [[key, described[key]] for key in ("strategy", "devices")]
     rows += [[name, text] for name, text in zip(FACTS, facts(timeline), strict=True)]
