@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from fedsim.asynchronous import Asynchronous
 from fedsim.engine.base import Task
 from fedsim.engine.inline import InlineEngine
 from fedsim.engine.worker import Worker
@@ -26,12 +27,14 @@ def estimate(exp: Experiment) -> dict[str, Any]:
     and that the model and the loss work.
 
     Returns:
-        ``cohort`` (clients of a typical round), ``steps``, ``bytes_down`` and ``bytes_up`` per round, the same
-        with ``total_`` for the run, ``memory_per_client`` and ``model_bytes``.
+        ``cohort`` (clients of a typical round; 1 for event-driven methods, of which one task is counted), ``steps``,
+        ``bytes_down`` and ``bytes_up`` per round, the same with ``total_`` for the run, ``memory_per_client`` and
+        ``model_bytes``.
     """
     program, rounds = exp.program, exp.config["rounds"]
     rng = numpy_generator(program.seed, "participation", 1, 0)
-    cohort = exp.participation.sample(len(program.clients), rng)
+    events = isinstance(program.strategy, Asynchronous)
+    cohort = [0] if events else exp.participation.sample(len(program.clients), rng)
     steps = float(
         np.mean([program.strategy.planned_steps(program.options, int(n)) for n in program.clients.sizes()[cohort]])
     ) * len(cohort)
@@ -72,18 +75,21 @@ def report(exp: Experiment) -> str:
     clients = len(exp.program.clients)
     kept = e["memory_per_client"]
     rows = [[k, v] for k, v in exp.describe().items()]
+    events = isinstance(exp.program.strategy, Asynchronous)
+    if events:
+        rows += [["per task", _work(e, "")], ["whole run", "fedsim schedule says how many tasks there will be"]]
+    else:
+        rows += [["per round", f"{e['cohort']:,} clients, {_work(e, '')}"], ["whole run", _work(e, "total_")]]
     rows += [
-        ["per round", f"{e['cohort']:,} clients, {_work(e, '')}"],
-        ["whole run", _work(e, "total_")],
         ["client memory", f"{human_bytes(kept)} per client that took part, at most {human_bytes(kept * clients)}"],
         ["model", human_bytes(e["model_bytes"])],
         ["dry run", "nothing was trained and nothing was written"],
     ]
     kind = type(exp.program.strategy)
     left_out = []
-    if kind.prepare is not Strategy.prepare or kind.finalize is not Strategy.finalize:
+    if not events and (kind.prepare is not Strategy.prepare or kind.finalize is not Strategy.finalize):
         left_out.append("what the method does before round 1 or after the last")
-    if kind.round is not Strategy.round:
+    if not events and kind.round is not Strategy.round:
         left_out.append("what its later rounds may do otherwise than the first")
     if left_out:
         rows.append(["not counted", ", ".join(left_out)])

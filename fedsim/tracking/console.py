@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
 _LINES = 20  # plain lines of a run whose rounds are quick
 
+#: What may happen to tasks on their way, by the key that counts it.
+LOST = {"dropouts": "lost on the way", "late": "too late"}
+
 
 class Console:
     """Shows a run to a person: a progress bar on a terminal, plain lines in a file or a log.
@@ -126,6 +129,7 @@ class Console:
                 parts.append(f"{mode} {_percent(record[f'{mode}_accuracy_mean'])}")
         if record.get("failures"):
             parts.append(f"{record['failures']} failed")
+        parts += [f"{record[key]} {words}" for key, words in LOST.items() if record.get(key)]
         if record.get("retries"):
             parts.append(f"{record['retries']} done again")
         if now > self._begin:
@@ -172,6 +176,7 @@ def summary_rows(summary: Mapping[str, Any]) -> list[list[str]]:
         rows.append(["rounds", str(summary["rounds"])])
     if "clients" in totals:
         rows.append(["clients trained", f"{totals['clients']:,}"])
+    rows += [[words, f"{totals[key]:,} tasks"] for key, words in LOST.items() if totals.get(key)]
     if totals.get("retries"):
         rows.append(["done again", f"{totals['retries']:,}, of lost workers or failed visits"])
     if totals.get("virtual_seconds"):
