@@ -61,11 +61,12 @@ def present(folder: Path, stretches: Sequence[Sequence[float]], **more: Any) -> 
 def run(name: str, folder: Path, values: dict[str, Any] | None = None, **options: Any) -> Run:
     """A run on the four quadratic clients of unequal speed."""
     own = {f"strategy.{k}": v for k, v in options.items()}
+    devices = {} if "system" in (values or {}) else speeds(folder)
     common = quadratics(A, C, START, client__lr=LR, client__steps=STEPS)
     return drive(
         configure(
             (f"strategy={name}",),
-            {**common, **({} if "system" in (values or {}) else speeds(folder)), **own, **(values or {})},
+            {**common, **devices, **own, **(values or {})},
         ),
         folder,
     )
@@ -198,7 +199,7 @@ def test_batch_norm_statistics_are_the_mean_of_what_is_aggregated(
         optimizer, order = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9), batches(0, client, len(x), 64)
         for rows in itertools.islice(order, 2):
             optimizer.zero_grad()
-            nn.functional.cross_entropy(module(x[rows]), y[rows]).backward()
+            torch.autograd.backward(nn.functional.cross_entropy(module(x[rows]), y[rows]))
             optimizer.step()
         norm: Any = module.norm
         found.append([norm.running_mean, norm.running_var])
@@ -291,10 +292,8 @@ def test_a_simulated_timetable_is_that_of_the_run(name: str, options: dict[str, 
     exp = done.driver.exp
     nbytes = 4 * exp.program.layout.d
     schedule: Any = exp.program.strategy
-    steps = lambda _: STEPS  # noqa: E731
-    for seen in simulate(
-        schedule.timetable(4), 4, steps, exp.system, exp.availability, nbytes, nbytes, exp.config["seed"]
-    ):
+    devices = exp.system, exp.availability
+    for seen in simulate(schedule.timetable(4), 4, lambda _: STEPS, *devices, nbytes, nbytes, exp.config["seed"]):
         if len(seen.models) == 25:
             break
     expected = [(t.client, t.steps if t.finished else 0, t.begin, t.end, t.finished) for t in seen.contributions]

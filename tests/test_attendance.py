@@ -54,11 +54,12 @@ def present(folder: Path, stretches: Sequence[Sequence[float]], **more: Any) -> 
 def run(name: str, folder: Path, values: dict[str, Any] | None = None, **options: Any) -> Run:
     """A run on the four quadratic clients of unequal speed; ``options`` of the group ``participation``."""
     own = {f"participation.{k}": v for k, v in options.items()}
+    devices = {} if "system" in (values or {}) else speeds(folder)
     common = quadratics(A, C, START, client__lr=LR, client__steps=STEPS)
     return drive(
         configure(
             (f"strategy={name}",),
-            {**common, **({} if "system" in (values or {}) else speeds(folder)), **(values or {}), **own},
+            {**common, **devices, **(values or {}), **own},
         ),
         folder,
     )

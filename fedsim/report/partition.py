@@ -7,6 +7,7 @@ Everything but a picture's own cells is worked out in blocks of clients, so that
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -176,7 +177,7 @@ def plot_bubbles(
     _client_ticks(axes, clients, width)
     _class_ticks(axes, class_names, height)
     few = "" if len(clients) == k else f"{len(clients)} of {k:,} clients, evenly spaced"
-    _titles(axes, title, few)
+    _titles(figure, axes, title, few)
     top = int(counts.max())
     shown = sorted({max(round(top * part), 1) for part in (1, 0.25, 0.05)}, reverse=True)
     handles = [
@@ -223,13 +224,13 @@ def plot_heatmap(
     _class_ticks(axes, class_names, height)
     if columns == k:
         _client_ticks(axes, np.arange(k), width)
-        _titles(axes, title, "")
+        _titles(figure, axes, title, "")
     else:
         axes.set_xticks([])
         axes.set_xlabel(
             f"{k:,} clients, ordered by their most frequent class, in {columns} columns of about {round(k / columns):,}"
         )
-        _titles(axes, title, "each column is the mean of its clients")
+        _titles(figure, axes, title, "each column is the mean of its clients")
     _save(figure, path)
 
 
@@ -301,8 +302,9 @@ def _text(name: str) -> str:
     return name.replace("$", r"\$")  # or it would be read as a formula
 
 
-def _titles(axes: Axes, title: str, note: str) -> None:
-    lines: list[Any] = [line for line in (title.replace("$", r"\$"), note) if line]
+def _titles(figure: Figure, axes: Axes, title: str, note: str) -> None:
+    letters = max(30, int((figure.get_figwidth() - 2) * 13))  # that fit over the axes, beside the legend
+    lines: list[Any] = [line for line in (textwrap.fill(title, letters).replace("$", r"\$"), note) if line]
     axes.set_title("\n".join(lines), fontsize=10)
 
 
