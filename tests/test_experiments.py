@@ -364,7 +364,9 @@ SMALL = {
 
 
 #: Presets that differ from another by a number or the strategy.
-SIMILAR = [n for n in PRESETS if n in (*CIFAR[1:], LOGE[1], *FLIP[1:]) or "_fashion_mnist_" in n]
+SIMILAR = [
+    n for n in PRESETS if n in (*CIFAR[1:], LOGE[1], *FLIP[1:]) or "_fashion_mnist_" in n or "asynchronous_digits_" in n
+]
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SIMILAR else ()) for n in PRESETS])

@@ -293,6 +293,14 @@ def test_in_the_figure_clients_make_2_35_times_the_steps_of_fedavg() -> None:
     assert steps * slowest == 2.35 * 500 * (end - begin)
 
 
+def test_clients_of_equal_speed_make_equal_steps_whatever_floating_point_says() -> None:
+    # 100 S / S is 99.99999999999999 for some of these S.
+    for thousandths in range(1, 400):
+        schedule = traced({})
+        walked(schedule, Given((thousandths / 1000,) * 2), 2, 4)
+        assert [[q for _, q, _ in tasks] for _, tasks in schedule.trace] == [[20], [20], [100, 100], [100, 100]]
+
+
 def cases(count: int) -> list[Any]:
     rng = random.Random(1)
     out = []
