@@ -47,7 +47,10 @@ class Asynchronous(Strategy):
     unused: ClassVar[dict[str, str]] = {
         f"participation.{key}": "there are no cohorts: the method itself says who works when"
         for key in ("fraction", "clients_per_round", "probability", "deadline", "over_selection")
-    } | {"participation": "there are no cohorts: the method itself says who works when"}
+    } | {
+        "participation": "there are no cohorts: the method itself says who works when",
+        "client.batching": "clients are given their tasks one by one",
+    }
 
     def timetable(self, num_clients: int) -> Schedule:
         """A new timetable."""

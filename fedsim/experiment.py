@@ -87,8 +87,8 @@ class Experiment:
             "data": f"{p.dataset.name}{self._imbalance()}, {self._sizes()}",
             "partition": "the data's own clients" if c["partition"] is None else _fields(c["partition"]),
             "model": f"{_short(c['model'])}, {p.layout.d:,} parameters",
-            "client": _client(c["client"]),
-            "participation": f"{_fields(c['participation'], over_selection=1.0)} of {len(p.clients):,} clients",
+            "client": _client(c["client"], "client.epochs" not in p.strategy.unused),
+            "participation": self._participation(),
             "devices": self._devices(),
             "rounds": str(c["rounds"]),
             "engine": f"{_short(c['engine'])} on {c['engine']['device']}, seed {c['seed']}",
@@ -96,6 +96,12 @@ class Experiment:
         if p.recipes:
             rows["recipe"] = ", ".join(name for name, _ in p.recipes)
         return rows
+
+    def _participation(self) -> str:
+        """Who takes part."""
+        if "participation" in self.program.strategy.unused:
+            return f"{len(self.program.clients):,} clients, event-driven"
+        return f"{_fields(self.config['participation'], over_selection=1.0)} of {len(self.program.clients):,} clients"
 
     def _devices(self) -> str:
         """How fast clients are, and when they are there."""
@@ -501,10 +507,11 @@ def _fields(node: Mapping[str, Any], **usual: Any) -> str:
     return _short(node) + (f" ({shown})" if shown else "")
 
 
-def _client(c: Mapping[str, Any]) -> str:
-    work = f"{c['epochs']} epochs" if c["epochs"] is not None else f"{c['steps']} steps"
+def _client(c: Mapping[str, Any], own_work: bool) -> str:
+    """What a visit is; ``own_work``: whether the config says how long it is."""
+    work = f"{c['epochs']} epochs, " if c["epochs"] is not None else f"{c['steps']} steps, "
     name = c["optimizer"] if isinstance(c["optimizer"], str) else _short(c["optimizer"])
-    return f"{work}, batch {c['batch_size'] or 'of all'}, {name} lr {c['lr']:g}"
+    return f"{work if own_work else ''}batch {c['batch_size'] or 'of all'}, {name} lr {c['lr']:g}"
 
 
 def versions() -> dict[str, str]:

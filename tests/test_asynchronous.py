@@ -486,17 +486,24 @@ ROUGH = {
 }
 
 
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray cluster for all tests that need one."""
+    with sessions.kept():
+        yield
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("name", ROUGH)
 def test_ray_gives_the_same_bits(name: str, tmp_path: Path) -> None:
     inline = drive(configure((f"strategy={name}",), ROUGH[name]), tmp_path)
     assert inline.result.summary["totals"]["dropouts"] > 0
-    with sessions.kept():
-        for workers in (1, 2):
-            values = {**ROUGH[name], "engine.workers": workers}
-            other = drive(configure((f"strategy={name}", "engine=ray"), values), tmp_path)
-            assert other.state_sha256 == inline.state_sha256
-            assert other.records == inline.records
+    for workers in (1, 2):
+        values = {**ROUGH[name], "engine.workers": workers}
+        other = drive(configure((f"strategy={name}", "engine=ray"), values), tmp_path)
+        assert other.state_sha256 == inline.state_sha256
+        assert other.records == inline.records
 
 
 @pytest.mark.parametrize("name", ROUGH)

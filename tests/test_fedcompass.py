@@ -677,15 +677,13 @@ def test_a_run_killed_amid_its_events_resumes_to_the_same_bits(kill_at: int, tmp
 
 
 @pytest.mark.slow
-def test_workers_have_the_bits_of_one_process(tmp_path: Path) -> None:
+def test_two_workers_have_the_bits_of_one_process(tmp_path: Path) -> None:
     values = {**ROUGH, "rounds": 30}
     alone = drive(configure(("strategy=fedcompass",), values), tmp_path)
     with sessions.kept():
-        for workers in (1, 2):
-            many = {**values, "engine.workers": workers}
-            other = drive(configure(("strategy=fedcompass", "engine=ray"), many), tmp_path)
-            assert other.state_sha256 == alone.state_sha256
-            assert other.records == alone.records
+        other = drive(configure(("strategy=fedcompass", "engine=ray"), {**values, "engine.workers": 2}), tmp_path)
+    assert other.state_sha256 == alone.state_sha256
+    assert other.records == alone.records
 
 
 # --- mistakes ---------------------------------------------------------------------------------------------
