@@ -57,7 +57,7 @@ def _late_validation(records: list[dict[str, Any]], summary: dict[str, Any]) -> 
 
 
 def _all_the_way(records: list[dict[str, Any]], summary: dict[str, Any]) -> float:
-    """Mean validation accuracy of all evaluations, which are equally far apart in virtual time: speed counts, too."""
+    """Mean validation accuracy of all evaluations, which are spread over virtual time: speed counts, too."""
     return statistics.fmean(r["validation_accuracy"] for r in records if "validation_accuracy" in r)
 
 

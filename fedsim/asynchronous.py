@@ -96,14 +96,14 @@ class Asynchronous(Strategy):
                 state = self._carry_out(fed, state, schedule.timer(int(event.tag or 0), event.time))
                 continue
             assert event.client is not None
-            happened = schedule.dropout if event.update is None else schedule.arrival
-            state = self._carry_out(fed, state, happened(event.client, event.time), event)
+            happened = {"arrival": schedule.arrival, "dropout": schedule.dropout, "departure": schedule.gone}
+            state = self._carry_out(fed, state, happened[event.kind](event.client, fed.now), event)
         return state
 
     def _carry_out(self, fed: Federation, state: Any, plan: Plan, event: Event | None = None) -> Any:
         schedule, start = fed.schedule, 0
         assert schedule is not None
-        if event is not None and event.client is not None:
+        if event is not None and event.client is not None and event.kind != "departure":
             start = schedule.started.pop(event.client)
         if plan.drop:
             state = replace(state, held={g: sums for g, sums in state.held.items() if g not in plan.drop})
@@ -131,18 +131,18 @@ class Asynchronous(Strategy):
         for client, steps in plan.send:
             self._send(fed, state, client, steps)
         for _ in range(plan.draw):
-            while (another := fed.idle()) is not None and not self._send(fed, state, another, None):
-                pass
+            another = fed.idle()
+            if another is not None:
+                self._send(fed, state, another, None)
         for time, tag in plan.timers:
             fed.timer(time, tag)
         return state
 
-    def _send(self, fed: Federation, state: Any, client: int, steps: int | None) -> bool:
-        """Hands out a task; False: the client will never be there to take it."""
+    def _send(self, fed: Federation, state: Any, client: int, steps: int | None) -> None:
         schedule = fed.schedule
         assert schedule is not None
         schedule.started[client] = schedule.version
-        return fed.dispatch(client, state, steps) is not None
+        fed.dispatch(client, state, steps)
 
     def _adopt_buffers(self, fed: Federation, sums: Sequence[Terms]) -> None:
         """Batch-norm statistics: the mean over what is aggregated, every contribution alike."""

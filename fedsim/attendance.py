@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,8 @@ from fedsim.clients.participation import Participation
 from fedsim.clock import ns
 from fedsim.errors import ConfigError, FedsimError
 
+MOST = 10_000
+"""Clients that are asked, at least, before it is said that nobody is there."""
 TRIES = 100
 """How often a cohort of which nobody comes back is asked again."""
 
@@ -63,7 +65,7 @@ def select(
     """A cohort of clients that are available.
 
     Rules that draw a number of clients (`Fixed`, `Fraction`) draw until they have it; the others leave out who is not
-    there. If nobody is, time passes until somebody is.
+    there. At most `MOST` are asked, or a hundred times the cohort; if none of them is there, time passes until one is.
 
     Args:
         participation: Who takes part.
@@ -78,7 +80,7 @@ def select(
         The cohort in id order, how many of them are needed, and the time from which they are there.
 
     Raises:
-        Ended: Nobody will be there.
+        Ended: None of those that were asked will be there.
     """
     cohort = participation.sample(num_clients, rng)
     needed = len(cohort)
@@ -89,24 +91,28 @@ def select(
     def there(client: int) -> bool:
         return is_there(availability, client, now, seed)
 
-    if not any(map(there, cohort)) and not any(map(there, range(num_clients))):
-        stretches = (availability.interval(client, now, seed) for client in range(num_clients))
-        begins = [stretch[0] for stretch in stretches if stretch is not None]
-        if not begins:
-            raise Ended("no client is available any more")
-        now = max(now, min(begins))
     found = [client for client in cohort if there(client)]
     wanted = asked if getattr(participation, "refills", False) else 1  # a rule that leaves out may leave out all
-    tried = set(cohort)
-    while len(found) < wanted and len(tried) < num_clients:
+    tried = dict.fromkeys(cohort)
+    most = min(num_clients, max(MOST, 100 * asked))
+    while len(found) < wanted and len(tried) < most:
         if 2 * len(tried) > num_clients:
             more = rng.permutation([c for c in range(num_clients) if c not in tried]).tolist()
         else:
             more = [int(rng.integers(num_clients))]
         for client in more:
             if client not in tried and len(found) < wanted:
-                tried.add(client)
+                tried[client] = None
                 found += [client] if there(client) else []
+    if not found:
+        stretches = {client: availability.interval(client, now, seed) for client in tried}
+        begins = {client: stretch[0] for client, stretch in stretches.items() if stretch is not None}
+        if not begins:
+            raise Ended("no client is available any more")
+        now = min(begins.values())
+        first = [client for client, begin in begins.items() if begin == now]  # in the order in which they were drawn
+        in_cohort = [client for client in first if client in set(cohort)]
+        found = first[:wanted] if wanted > 1 else in_cohort or first[:1]
     return sorted(found), min(needed, len(found)), now
 
 
@@ -116,7 +122,9 @@ def is_there(availability: Availability, client: int, now: int, seed: int) -> bo
     return stretch is not None and stretch[0] <= now
 
 
-def attend(trips: Mapping[int, Trip | None], needed: int, now: int, deadline: float | None) -> Attendance:
+def attend(
+    trips: Mapping[int, Trip | None], needed: int, now: int, deadline: float | None, lot: Callable[[int], int]
+) -> Attendance:
     """Who of a cohort comes back in time.
 
     Args:
@@ -124,10 +132,11 @@ def attend(trips: Mapping[int, Trip | None], needed: int, now: int, deadline: fl
         needed: How many are waited for.
         now: When they were asked, nanoseconds.
         deadline: Seconds for which they are waited for; None: as long as it takes.
+        lot: Number of a client: of those that are back at the same time the lowest count.
     """
     limit = math.inf if deadline is None else now + ns(deadline)
     taken = {client: way for client, way in trips.items() if way is not None}
-    in_time = sorted((way.end, client) for client, way in taken.items() if way.finished and way.end <= limit)
+    in_time = sorted((way.end, lot(client), client) for client, way in taken.items() if way.finished and way.end <= limit)
     back = in_time[:needed]
     if len(back) == needed:
         close = back[-1][0]
@@ -135,7 +144,7 @@ def attend(trips: Mapping[int, Trip | None], needed: int, now: int, deadline: fl
         close = max([now, *(int(min(way.end, limit)) for way in taken.values())])
         if len(taken) < len(trips) and deadline is not None:  # who never comes is waited for as well
             close = int(limit)
-    who = {client for _, client in back}
+    who = {client for _, _, client in back}
     lost = {}
     for client, way in trips.items():
         if client not in who:

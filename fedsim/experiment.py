@@ -21,7 +21,7 @@ from fedsim.clients.visit import ClientOptions
 from fedsim.compose import requested
 from fedsim.config import Config
 from fedsim.data import Clients, Dataset, Partition, PartitionedClients, Split, hold_out
-from fedsim.errors import ConfigError, did_you_mean, one_line
+from fedsim.errors import ConfigError, did_you_mean, one_line, require
 from fedsim.longtail import local_tests, long_tailed
 from fedsim.plugins import instantiate, locate, require_kind
 from fedsim.program import Program, overrides
@@ -184,6 +184,8 @@ def build(config: Config, explicit: Sequence[str] = ()) -> Experiment:
     availability = (
         Always() if config.get("availability") is None else instantiate(config["availability"], "availability")
     )
+    when_off = getattr(availability, "when_off", None)
+    require(when_off in ("pause", "drop"), "availability.when_off", "pause or drop", when_off)
     availability.check(len(clients))
     info = Info(len(clients), dataset.num_classes, program.layout, seed, config["rounds"], config["client"]["lr"])
     trackers = tuple(instantiate(node, f"tracker.{name}") for name, node in config["tracker"].items())

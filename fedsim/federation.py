@@ -36,7 +36,7 @@ from fedsim.network import Network
 from fedsim.parts import Block
 from fedsim.program import Program
 from fedsim.reduce import Reduced, Sized, lane, nbytes
-from fedsim.schedule import Schedule, drawn
+from fedsim.schedule import Schedule, check_hope, drawn
 from fedsim.strategy import SERVER, ClientHalf, Strategy
 from fedsim.vector import Layout
 from fedsim.visits import Record
@@ -92,10 +92,10 @@ class Event:
     """Something that happened in virtual time.
 
     Attributes:
-        kind: ``arrival``; ``dropout``: a client has lost its task and can be reached again, or has left for good, or
-            failed and is skipped; or ``timer``.
+        kind: ``arrival``; ``dropout``: a client has lost its task and can be reached again, or failed and is skipped;
+            ``departure``: it has left for good, with its task; or ``timer``.
         time: When, in nanoseconds.
-        client: Who arrived or dropped out; None for a timer.
+        client: Whom it is about; None for a timer.
         tag: The tag of a timer; None otherwise.
         update: The arrived client's entries, reduced over itself; None otherwise.
         steps: Local steps that it made.
@@ -332,8 +332,8 @@ class Federation:
         self._pace[phase] = max(sum(seconds), 1e-9) / sum(p + 1 for p in planned.values())
         finished.sort(key=lambda f: f[0].task.first_leaf)  # sums must not depend on who was first
         ends = [self._adopt(*f, planned, attendance) for f in finished]
-        close = attendance.close if attendance is not None and attendance.lost else max(ends)
-        self._clock.advance(close - self.now)
+        close = attendance.close if attendance is not None and attendance.lost else self.now
+        self._clock.advance(max(close, *ends) - self.now)
         failed = {c for piece, done, _ in finished for c, d in zip(piece.task.clients, done, strict=True) if d.error}
         if len(failed) == len(cohort):
             raise ClientError(f"round {self.round_num}: all clients failed; {finished[0][1][0].error}")
@@ -343,7 +343,7 @@ class Federation:
             self.buffers = buffers.to(self.buffers.dtype)
         return reduced
 
-    def dispatch(self, client: int, state: Any, steps: int | None = None) -> int | None:
+    def dispatch(self, client: int, state: Any, steps: int | None = None) -> int:
         """Hands a task to one client; it comes back as an event. At most one task per client is under way.
 
         Args:
@@ -353,7 +353,7 @@ class Federation:
 
         Returns:
             When it will be heard of again, in nanoseconds: by the planned steps, and an upload of one parameter
-            vector. A client that leaves for good is heard of when it leaves. None: it will never be there to take it.
+            vector. A client that leaves for good is heard of when it leaves, one that will never be there at once.
 
         Raises:
             RunError: The network has batch norms whose statistics would be averaged, and no `schedule` says over whom.
@@ -391,13 +391,12 @@ class Federation:
             begin,
             end,
             finished,
+            gone=way is None or way.back is None,
         )
         self._flights.add(flight)
-        if way is None:
-            log.info("client %d cannot be reached any more", client)
-            self._lose(flight, "dropout")
-            return None
-        heard = way.end if way.back is None else way.back
+        if flight.gone:
+            log.info("client %d leaves for good at %g virtual seconds", client, end / 1e9)
+        heard = end if way is None or way.back is None else way.back
         self._clock.schedule(heard, "arrival", client)
         return heard
 
@@ -434,6 +433,8 @@ class Federation:
         flight = self._flights.under_way[client]
         if flight.finished and client not in self._flights.tickets:
             self._submit(flight)
+        if flight.gone:  # it stays under way: nobody hands it another task
+            return replace(self._lose(flight, "dropout"), kind="departure")
         del self._flights.under_way[client]
         if not flight.finished:
             return self._lose(flight, "dropout")
@@ -523,12 +524,13 @@ class Federation:
         """All that a resume needs besides server state and memory; equal payloads under way are kept once."""
         flights, payloads = self._flights.saved()
         out = {"clock": self._clock.state(), "flights": flights, "payloads": payloads, "buffers": self.buffers}
-        return out if self.schedule is None else out | {"schedule": self.schedule}
+        return out if self.schedule is None else out | {"schedule": self.schedule, "fruitless": self._fruitless}
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Goes back to a saved state; tasks that were under way are handed out again."""
         self._clock = Clock.restore(saved["clock"])
         self.buffers, self.schedule = saved["buffers"], saved.get("schedule")
+        self._fruitless = saved.get("fruitless", 0)
         self._flights = Flights.restored(self._flights.ahead, saved["flights"], saved["payloads"])
 
     def payload(self, state: Any) -> dict[str, Any]:
@@ -652,11 +654,7 @@ class Federation:
         self._miss(flight.client, "train", f"task.{flight.visit}", flight.round_num, flight.down, outcome)
         self._round.visits[-1] = replace(self._round.visits[-1], begin=flight.begin, end=flight.end)
         self._fruitless += 1
-        if self._fruitless > max(1000, 100 * len(self._flights.under_way)):
-            raise RunError(
-                f"the latest {self._fruitless:,} tasks were all lost: nothing comes back from clients; lower "
-                "system.dropout, or look at availability and at the failures in visits.csv"
-            )
+        check_hope(self._fruitless, len(self._flights.under_way))
         return Event("dropout", self.now, flight.client)
 
     def _miss(self, client: int, phase: str, visit: str, round_num: int, down: int, outcome: str) -> None:
@@ -691,7 +689,9 @@ class Federation:
         needed = self._needed.get(cohort, len(cohort))
         sure = isinstance(self.availability, Always) and getattr(self.system, "dropout", 1.0) == 0
         asked = tuple(client for client in cohort if client != SERVER)
-        simple = not asked or (sure and self.limits.deadline is None and needed == len(cohort))
+        # What other phases take is not known beforehand: they are waited for.
+        deadline = self.limits.deadline if phase == "train" else None
+        simple = not asked or (sure and deadline is None and needed == len(cohort))
         for _ in range(TRIES):
             call = self._count(f"train.{phase}")
             visit: int | str = self.round_num if call == 0 else f"{self.round_num}.{call}"
@@ -702,7 +702,7 @@ class Federation:
                 own = [] if state is None else self._own(state, (client,), visit)
                 down[client] = self._piece(Task((client,), (visit,), {}, 0), charges, own, self.program).down[0]
             trips = {client: self._trip(client, visit, planned[client], down[client], self.program) for client in asked}
-            found = attend(trips, needed, self.now, self.limits.deadline)
+            found = attend(trips, needed, self.now, deadline, functools.partial(self._lot, visit))
             for client, outcome in sorted(found.lost.items()):
                 way = trips[client]
                 sent = 0 if way is None or way.begin > found.close else down[client]  # it may not have been there yet
@@ -717,12 +717,15 @@ class Federation:
             if not any(trips.values()):
                 raise Ended(f"none of the {len(asked)} clients that are asked can be reached any more")
             self._clock.advance(max(found.close - self.now, 1))
-        deadline = self.limits.deadline
         limit = "" if deadline is None else f" within participation.deadline={deadline:g} virtual seconds"
         raise RunError(
             f"round {self.round_num}: nobody of {len(asked)} clients came back{limit}, {TRIES} times in a row; "
             f"{'raise it, or ' if limit else ''}look at availability and system.dropout"
         )
+
+    def _lot(self, visit: int | str, client: int) -> int:
+        """Who of several counts that are back at the same time: the lowest."""
+        return random.derive(self.seed, "lot", visit, client)
 
     def _planned(self, client: int, steps: int | None, epochs: int | None, program: Program) -> int:
         """Local steps that a visit is expected to make: what pieces are cut by."""
@@ -761,17 +764,17 @@ class Federation:
             if done.error is not None:
                 log.warning("left out: %s", done.error)
                 self._miss(client, task.phase, str(task.visits[i]), task.round_num, piece.down[i], "failed")
+                way = self._trip(client, task.visits[i], planned[client], piece.down[i], self.program)
+                if way is not None:
+                    self._round.visits[-1] = replace(self._round.visits[-1], begin=way.begin, end=way.end)
                 continue
-            way = None if attendance is None else attendance.trips.get(client)
-            if client == SERVER:
-                way = Trip(self.now, self.now, True, self.now)
-            elif way is None or done.steps != planned[client]:  # what was really done counts
+            way = Trip(self.now, self.now, True, self.now)
+            if client != SERVER:  # what was really done counts, and not what was planned
                 real = self._trip(client, task.visits[i], done.steps, piece.down[i], self.program, done.bytes_up)
-                way = real if way is None or (real is not None and real.finished) else way
-            assert way is not None
-            end = way.end if attendance is None or not attendance.lost else min(way.end, attendance.close)
-            self._book(piece, i, done, way.begin, end)
-            latest = max(latest, end)
+                plan = None if attendance is None else attendance.trips[client]
+                way = real if real is not None and real.finished else plan or way
+            self._book(piece, i, done, way.begin, way.end)
+            latest = max(latest, way.end)
         return latest
 
     def _book(self, piece: Piece, i: int, done: Done, begin: int, end: int) -> None:

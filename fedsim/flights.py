@@ -56,6 +56,7 @@ class Flight:
         begin: When the client takes it, nanoseconds.
         end: When it is back, or lost.
         finished: Whether something comes back.
+        gone: Whether the client leaves for good.
     """
 
     client: int
@@ -69,6 +70,7 @@ class Flight:
     begin: int
     end: int
     finished: bool
+    gone: bool
 
 
 @dataclass
@@ -114,7 +116,7 @@ class Flights:
             if (place := places.setdefault(hashes[id(f.snapshot)], len(payloads))) == len(payloads):
                 payloads.append(f.snapshot.sent)
             flights.append(
-                (f.client, f.visit, f.round_num, f.steps, place, f.unicast, f.marks, f.down, f.begin, f.end, f.finished)
+                (f.client, f.visit, f.round_num, f.steps, place, f.unicast, f.marks, f.down, f.begin, f.end, f.finished, f.gone)
             )
         return flights, payloads
 

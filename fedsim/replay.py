@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedsim import rounds
+from fedsim.attendance import Ended
 from fedsim.checkpoint import files, tree_of
 from fedsim.config import check, config_hash, load
 from fedsim.engine.base import Done, EvalTask, Outcome, Task
@@ -234,6 +235,9 @@ def _rounds(exp: Experiment, run: RunDir, wanted: _Wanted, scratch: Path) -> lis
             state = rounds.following(fed, state, number)
         fed.submit_all()
         if wanted.round > number:
+            if not finalizes:  # the run ended in the middle of a round: nobody was left
+                with contextlib.suppress(Ended):
+                    rounds.following(fed, state, wanted.round)
             rounds.final(fed, state, number)
     except _Found:
         pass

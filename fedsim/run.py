@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedsim import config as conf
 from fedsim import interrupt, random, rounds, tree
-from fedsim.attendance import Ended
+from fedsim.attendance import Ended, Limits
 from fedsim.checkpoint import Checkpoints
 from fedsim.clients.availability import Always
 from fedsim.clients.local import Local
@@ -570,9 +570,10 @@ class Driver:
     @property
     def _times_differ(self) -> bool:
         """Whether who worked when is more than one row of bars per round."""
-        c = self.config
-        plain = isinstance(self.exp.system, Homogeneous) and isinstance(self.exp.availability, Always)
-        return self.fed.schedule is not None or not plain or c["participation"].get("deadline") is not None
+        system, limits = self.exp.system, self.fed.limits
+        alike = isinstance(system, Homogeneous) and system == Homogeneous(system.seconds_per_step)
+        plain = alike and isinstance(self.exp.availability, Always) and limits == Limits()
+        return self.fed.schedule is not None or not plain
 
     def params_sha256(self) -> str:
         """Hash of what is evaluated: the global model, and every touched client's own where that is another."""

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 from fedsim import random
 from fedsim.attendance import is_there
-from fedsim.clients.availability import Availability, trip
+from fedsim.clients.availability import Availability, Trip, trip
 from fedsim.clients.systems import System
 from fedsim.clock import Clock
+from fedsim.errors import RunError
 
 Staleness = Counter[int]
 """How many contributions were aggregated that many global models after the one they started from."""
@@ -75,6 +76,10 @@ class Schedule:
         """``client`` has lost its work, and can be reached again at ``now``; or it has just left for good."""
         raise NotImplementedError
 
+    def gone(self, client: int, now: int) -> Plan:
+        """``client`` has left for good with its task, or was never there to take it; it must not be sent another."""
+        return Plan()
+
     def timer(self, tag: int, now: int) -> Plan:
         """The timer that a plan asked for rings."""
         return Plan()
@@ -126,6 +131,23 @@ def drawn(seed: int, number: int, num_clients: int, busy: Container[int], there:
         return idle
     left = [client for client in range(num_clients) if client not in busy]
     return left[random.derive(seed, "idle", number) % len(left)] if left else None
+
+
+def check_hope(fruitless: int, under_way: int) -> None:
+    """Gives up where nothing ever comes back.
+
+    Args:
+        fruitless: Tasks that were lost since one came back.
+        under_way: Tasks under way.
+
+    Raises:
+        RunError: Far more tasks were lost than are under way.
+    """
+    if fruitless > max(1000, 100 * under_way):
+        raise RunError(
+            f"the latest {fruitless:,} tasks were all lost: nothing comes back from clients; lower system.dropout, or "
+            "look at availability and at the failures in visits.csv"
+        )
 
 
 class Contribution(NamedTuple):
@@ -192,26 +214,27 @@ def simulate(
 
     Yields:
         The same object after every event, brought up to date; ends when no event can come.
+
+    Raises:
+        RunError: All tasks have been lost for very long.
     """
     clock, seen, visits = Clock(), Simulated(), dict[int, int]()
+    left, fruitless = set[int](), 0
 
-    def send(client: int, count: int | None) -> bool:
+    def send(client: int, count: int | None) -> None:
         count = steps(client) if count is None else count
         visits[client] = visit = visits.get(client, 0) + 1
         way = trip(system, availability, client, visit, clock.now, count, bytes_down, bytes_up, seed)
         schedule.started[client] = schedule.version
-        if way is None:  # it never comes
-            return False
+        if way is None:  # it is never there to take it
+            way = Trip(clock.now, clock.now, False, None)
+        if way.back is None:
+            left.add(client)
         seen.pending[client] = Contribution(client, count, schedule.version, way.begin, way.end, way.finished)
         clock.schedule(way.end if way.back is None else way.back, "arrival", client)
-        return True
 
     def there(client: int) -> bool:
         return is_there(availability, client, clock.now, seed)
-
-    def idle() -> int | None:
-        schedule.draws += 1
-        return drawn(seed, schedule.draws, num_clients, schedule.started, there)
 
     def carry_out(plan: Plan, start: int) -> None:
         stale = schedule.count(plan, start)
@@ -220,8 +243,10 @@ def simulate(
         for client, count in plan.send:
             send(client, count)
         for _ in range(plan.draw):
-            while (another := idle()) is not None and not send(another, None):
-                pass
+            schedule.draws += 1
+            another = drawn(seed, schedule.draws, num_clients, schedule.started, there)
+            if another is not None:
+                send(another, None)
         for time, tag in plan.timers:
             clock.schedule(time, "timer", tag)
 
@@ -235,9 +260,13 @@ def simulate(
             client = int(event.key)
             task = seen.pending.pop(client)
             seen.contributions.append(task)
-            start = schedule.started.pop(client)
-            happened = schedule.arrival if task.finished else schedule.dropout
-            plan = happened(client, clock.now)
+            fruitless = 0 if task.finished else fruitless + 1
+            check_hope(fruitless, len(seen.pending))
+            if client in left:  # it stays among those that were sent a task: nobody draws it
+                plan = schedule.gone(client, clock.now)
+            else:
+                start = schedule.started.pop(client)
+                plan = (schedule.arrival if task.finished else schedule.dropout)(client, clock.now)
         carry_out(plan, start)
         seen.time, seen.events = clock.now, seen.events + 1
         yield seen

@@ -63,6 +63,10 @@ class Pool(Schedule):
         """See `Schedule.dropout`."""
         return self._next(client)
 
+    def gone(self, client: int, now: int) -> Plan:
+        """See `Schedule.gone`."""
+        return Plan() if self.concurrency is None else Plan(draw=1)
+
     def _next(self, client: int) -> Plan:
         return Plan(send=[(client, None)]) if self.concurrency is None else Plan(draw=1)
 

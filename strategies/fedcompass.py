@@ -136,22 +136,30 @@ class CompassSchedule(Schedule):
 
     def dropout(self, client: int, now: int) -> Plan:
         """See `Schedule.dropout`."""
-        device, plan = self.devices[client], Plan()
+        device = self.devices[client]
         if not device.speed:  # its speed is still not known
             device.sent = now
-            plan.send.append((client, self.q_init))
-            return plan
+            return Plan(send=[(client, self.q_init)])
+        return self._without(client, now, (client,))
+
+    def gone(self, client: int, now: int) -> Plan:
+        """See `Schedule.gone`: its group does not wait for it."""
+        return self._without(client, now, ())
+
+    def _without(self, client: int, now: int, again: Sequence[int]) -> Plan:
+        """Takes a client out of its group, which may be complete without it; ``again``: who else gets a task."""
+        device, plan = self.devices[client], Plan()
         group = self.groups.get(device.group)
         if group is not None:
             group.pending.remove(client)
             if group.fastest == device.speed:
                 group.fastest = 0.0
             if not group.pending and group.arrived:
-                self._aggregate(device.group, now, plan, client)
+                self._aggregate(device.group, now, plan, *again)
                 return plan
             if not group.pending:
                 del self.groups[device.group]
-        self._assign((client,), now, plan)
+        self._assign(again, now, plan)
         return plan
 
     def timer(self, tag: int, now: int) -> Plan:
@@ -232,7 +240,7 @@ class CompassSchedule(Schedule):
 
 
 def _floor(steps: float) -> int:
-    return math.floor(steps + 1e-9)  # 14 / 0.4 is 34.99... in floating point
+    return math.floor(steps + 1e-9)  # 0.3 / 0.1 is 2.99... in floating point
 
 
 CHOICES = {

@@ -210,6 +210,26 @@ def test_batch_norm_statistics_are_the_mean_of_what_is_aggregated(
     torch.testing.assert_close(views["norm.running_var"], var, rtol=1e-5, atol=1e-6)
 
 
+def test_batch_norm_statistics_of_several_start_versions_count_alike(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original, seen = Federation.next_event, list[Tensor]()
+
+    def watched(self: Federation) -> Any:
+        event = original(self)
+        assert event.buffers is not None
+        seen.append(event.buffers)
+        return event
+
+    monkeypatch.setattr(Federation, "next_event", watched)
+    values = {"model": {"_target_": "tests.helpers.Normed", "weights": None}, "rounds": 3, "strategy.buffer_size": 5}
+    values |= {"client.epochs": None, "client.steps": 1, "partition.num_clients": 4, **speeds(tmp_path)}
+    done = drive(configure(("strategy=fedbuff",), values), tmp_path)
+    assert len(seen) == 15 and len(done.records[-1]["staleness"]) >= 2
+    assert done.driver.fed.buffers is not None
+    torch.testing.assert_close(done.driver.fed.buffers.double(), torch.stack(seen[-5:]).double().mean(0).view(-1))
+
+
 # --- who works when ---------------------------------------------------------------------------------------
 
 
@@ -346,6 +366,26 @@ def test_a_client_that_never_comes_is_counted_once_and_nothing_is_sent_to_it(tmp
     gone = [r for r in records(done) if r.outcome != "done"]
     assert [(r.client, r.bytes_down, r.outcome) for r in gone] == [(0, 0, "dropout"), (2, 0, "dropout")]
     assert {r.client for r in records(done) if r.outcome == "done"} == {1, 3}
+
+
+def test_places_of_clients_that_never_come_go_to_others(tmp_path: Path) -> None:
+    # At the start nobody is there: whoever is drawn may come later, or never. Only 0 and 1 do, after a second.
+    values = {**present(tmp_path, [(0, 1, 99), (1, 1, 99)]), "rounds": 10}
+    done = run("fedasync", tmp_path, values, concurrency=2)
+    assert done.result.summary["rounds"] == 10
+    assert {r.client for r in records(done) if r.outcome == "done" and r.begin == 1000 * MS} == {0, 1}
+    exp = done.driver.exp
+    for seen in simulate(Pool(concurrency=2), 4, lambda _: STEPS, exp.system, exp.availability):
+        if seen.time:  # those that never come are heard of at once
+            assert seen.pending.keys() == {0, 1}
+        if seen.events == 10:
+            break
+    assert seen.events == 10
+
+
+def test_lost_tasks_are_no_error_as_long_as_some_come_back(tmp_path: Path) -> None:
+    done = run("fedasync", tmp_path, {**speeds(tmp_path, dropout=0.9), "rounds": 130})
+    assert done.result.summary["totals"]["dropouts"] > 1001
 
 
 @pytest.mark.parametrize("when_off", ["pause", "drop"])

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim.clients.availability import Always, Availability, Markov
-from fedsim.clients.systems import LogNormal, System
+from fedsim.clients.availability import Always, Availability, Markov, Trace
+from fedsim.clients.systems import Homogeneous, LogNormal, System
 from fedsim.engine import session as sessions
 from fedsim.errors import ConfigError
 from fedsim.experiment import build
 from fedsim.federation import Event, Federation
 from fedsim.schedule import Plan, Simulated, simulate
-from fedsim.strategies.fedcompass import LATE, CompassSchedule, FedCompass
+from fedsim.strategies.fedcompass import LATE, CompassSchedule, FedCompass, Group
 from fedsim.visits import read
 from tests.helpers import Interrupted, Run, configure, drive, quadratics
 
@@ -719,3 +719,31 @@ def test_impossible_options_are_refused(key: str, value: Any, needed: str) -> No
 def test_settings_without_effect_are_refused(given: str) -> None:
     with pytest.raises(ConfigError, match=rf"^{given} has no effect with strategy=FedCompass: .*; remove it$"):
         build(configure(("strategy=fedcompass",)), explicit=[given])
+
+
+def test_a_number_of_steps_is_not_one_too_small_for_rounding() -> None:
+    # A client of 0.1 s per step joins a group that is expected in 0.3 s: three steps, though 0.3 / 0.1 < 3 here.
+    assert 0.3 / 0.1 < 3
+    schedule = CompassSchedule(q_init=1, q_min=1, q_max=10)
+    schedule.begin(2)
+    schedule.arrival(0, 10**8)  # a tenth of a second for one step
+    schedule.groups = {1: Group(4 * 10**8, 5 * 10**8, {1})}
+    schedule.devices[0].group = 0
+    plan = Plan()
+    schedule._assign((0,), 10**8, plan)
+    assert plan.send == [(0, 3)]
+
+
+def test_a_group_does_not_wait_for_a_client_that_has_left_for_good(tmp_path: Path) -> None:
+    # Three clients of 0.1 s per step: first tasks of 20 steps until 2 s, then one group of 100 steps, expected at 12 s.
+    # Client 2 leaves at 8 s; the group is aggregated when the other two are back, and not at its latest time, 302 s.
+    path = tmp_path / "trace.csv"
+    path.write_text("client,on,off\n0,0,100\n1,0,100\n2,0,8\n")
+    schedule = CompassSchedule(latest=30.0)
+    seen = Simulated()
+    for seen in simulate(schedule, 3, lambda _: 0, Homogeneous(seconds_per_step=0.1), Trace(path=str(path))):
+        if len(seen.models) == 4:
+            break
+    assert [time for time, _ in seen.models] == [2 * 10**9] * 3 + [12 * 10**9]
+    assert seen.models[-1][1].total() == 2
+    assert 2 not in seen.pending and schedule.groups and all(2 not in g.pending for g in schedule.groups.values())

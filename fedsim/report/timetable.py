@@ -70,7 +70,7 @@ def _timeline(seen: Simulated) -> Timeline:
         tasks.setdefault(c.client, []).append(Task(c.begin, c.end, c.steps, "done" if c.finished else "dropout"))
     for client, c in seen.pending.items():
         if c.begin < seen.time:
-            tasks.setdefault(client, []).append(Task(c.begin, min(c.end, seen.time), c.steps, "done"))
+            tasks.setdefault(client, []).append(Task(c.begin, min(c.end, seen.time), c.steps, "unknown"))
     stale: Staleness = Counter()
     for _, found in seen.models:
         stale.update(found)
