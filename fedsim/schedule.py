@@ -73,7 +73,7 @@ class Schedule:
         raise NotImplementedError
 
     def dropout(self, client: int, now: int) -> Plan:
-        """``client`` has lost its work, and can be reached again at ``now``; or it has just left for good."""
+        """``client`` has lost its work, and can be reached again at ``now``."""
         raise NotImplementedError
 
     def gone(self, client: int, now: int) -> Plan:
