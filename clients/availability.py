@@ -12,7 +12,7 @@ import math
 from array import array
 from bisect import bisect_right
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from fedsim.clients.systems import System, is_number, read_table, uniform
 from fedsim.clock import ns
@@ -61,8 +61,7 @@ class Availability(Protocol):
         """
 
 
-@dataclass(frozen=True, slots=True)
-class Trip:
+class Trip(NamedTuple):
     """One task as virtual time sees it.
 
     Attributes:

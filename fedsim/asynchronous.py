@@ -121,7 +121,7 @@ class Asynchronous(Strategy):
             state = replace(state, held={g: sums for g, sums in state.held.items() if g not in plan.use})
             self._adopt_buffers(fed, [terms for _, terms in sums])
             state = self.merge(state, sums, plan.use)
-            total = stale.total()
+            total = sum(stale.values())
             fed.log |= {
                 "contributions": total,
                 "staleness_mean": sum(tau * n for tau, n in stale.items()) / total,

@@ -136,7 +136,9 @@ def attend(
     """
     limit = math.inf if deadline is None else now + ns(deadline)
     taken = {client: way for client, way in trips.items() if way is not None}
-    in_time = sorted((way.end, lot(client), client) for client, way in taken.items() if way.finished and way.end <= limit)
+    in_time = sorted(
+        (way.end, lot(client), client) for client, way in taken.items() if way.finished and way.end <= limit
+    )
     back = in_time[:needed]
     if len(back) == needed:
         close = back[-1][0]

@@ -9,8 +9,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fedsim.errors import RunError
 
@@ -38,8 +37,7 @@ def ns(seconds: float) -> int:
     return round(scaled)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """Something that happens at a point of virtual time.
 
     Attributes:

@@ -116,7 +116,20 @@ class Flights:
             if (place := places.setdefault(hashes[id(f.snapshot)], len(payloads))) == len(payloads):
                 payloads.append(f.snapshot.sent)
             flights.append(
-                (f.client, f.visit, f.round_num, f.steps, place, f.unicast, f.marks, f.down, f.begin, f.end, f.finished, f.gone)
+                (
+                    f.client,
+                    f.visit,
+                    f.round_num,
+                    f.steps,
+                    place,
+                    f.unicast,
+                    f.marks,
+                    f.down,
+                    f.begin,
+                    f.end,
+                    f.finished,
+                    f.gone,
+                )
             )
         return flights, payloads
 

@@ -16,12 +16,15 @@ import numpy as np
 import torch
 
 Key = int | str
+_PLAIN = frozenset((int, str))
 
 
 def _digest(seed: int, purpose: str, index: tuple[Key, ...], size: int) -> bytes:
     # repr keeps 1 and "1" apart, and the tuple's brackets keep ("a", "b") and ("ab",) apart. A NumPy integer is an int.
-    key = tuple(k if type(k) is str else operator.index(k) for k in index)  # type: ignore[arg-type]
-    return hashlib.blake2b(repr((operator.index(seed), purpose, *key)).encode(), digest_size=size).digest()
+    key = (seed, *index)
+    if not _PLAIN.issuperset(map(type, key)):
+        key = tuple(k if type(k) is str else operator.index(k) for k in key)  # type: ignore[arg-type]
+    return hashlib.blake2b(repr((key[0], purpose, *key[1:])).encode(), digest_size=size).digest()
 
 
 def derive(seed: int, purpose: str, *index: Key) -> int:

@@ -8,7 +8,6 @@ timetable can be drawn and tried on thousands of clients in seconds. Both see th
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -20,7 +19,7 @@ from fedsim.clients.systems import System
 from fedsim.clock import Clock
 from fedsim.errors import RunError
 
-Staleness = Counter[int]
+Staleness = dict[int, int]
 """How many contributions were aggregated that many global models after the one they started from."""
 
 
@@ -99,10 +98,11 @@ class Schedule:
         if plan.fold is not None:
             group = self.held.setdefault(plan.fold, {})
             group[start] = group.get(start, 0) + 1
-        stale: Staleness = Counter()
+        stale: Staleness = {}
         for name in plan.use:
             for version, number in self.held.pop(name, {}).items():
-                stale[self.version - version] += number
+                staleness = self.version - version
+                stale[staleness] = stale.get(staleness, 0) + number
         self.version += bool(plan.use)
         return stale
 

@@ -13,7 +13,7 @@ from fedsim.experiment import Experiment
 from fedsim.memory import Memory
 from fedsim.report.text import align
 from fedsim.report.timeline import FACTS, Task, Timeline, facts, save
-from fedsim.schedule import Simulated, Staleness, simulate
+from fedsim.schedule import Simulated, simulate
 
 
 def simulated(exp: Experiment) -> tuple[Timeline, float]:
@@ -71,7 +71,7 @@ def _timeline(seen: Simulated) -> Timeline:
     for client, c in seen.pending.items():
         if c.begin < seen.time:
             tasks.setdefault(client, []).append(Task(c.begin, min(c.end, seen.time), c.steps, "unknown"))
-    stale: Staleness = Counter()
+    stale = Counter[int]()
     for _, found in seen.models:
         stale.update(found)
     return Timeline(tasks, [when for when, _ in seen.models], seen.time, stale)
