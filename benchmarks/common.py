@@ -115,7 +115,7 @@ FAST = tuple(name for name in CASES if name != "resnet18_gn")
 # The CIFAR-10 benchmark of pfl-research: its network as published, the same without dropout (with it no two clients can
 # be computed as one), and fedsim's nearest standard one.
 _PFL_CNN = "benchmarks.models.PflCNN"
-_CIFAR = Case("cnn", clients=50, steps=5, batch=10, population=1000, size=32, channels=3, lr=0.1, target=_PFL_CNN)
+_CIFAR = Case("lenet5", clients=50, steps=5, batch=10, population=1000, size=32, channels=3, lr=0.1, target=_PFL_CNN)
 CIFAR = {
     "pfl's CNN": _CIFAR,
     "pfl's CNN, no dropout": replace(_CIFAR, dropout=False),

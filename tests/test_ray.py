@@ -301,7 +301,9 @@ def test_a_client_that_is_skipped_is_counted_and_changes_what_the_others_sum_to(
         "inline", tmp_path, values={"strategy": {"_target_": "tests.test_ray.Fails"}, "participation": without}
     )
     assert torch.allclose(got.w.double(), expected.w.double(), rtol=0, atol=1e-7)
-    made = [(r.round, r.client) for r in read(got.result.run_dir / "visits.csv")]
+    visits = list(read(got.result.run_dir / "visits.csv"))
+    assert [(r.round, r.client) for r in visits if r.outcome == "failed"] == [(2, 0), (2, 4)]
+    made = [(r.round, r.client) for r in visits if r.outcome == "done"]
     assert made == [(r, c) for r in (1, 2, 3) for c in range(7) if r != 2 or c not in (0, 4)]
 
 
