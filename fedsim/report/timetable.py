@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import Counter
 from pathlib import Path
@@ -80,10 +81,17 @@ def _timeline(seen: Simulated) -> Timeline:
 def command(exp: Experiment) -> None:
     """Prints what a timetable comes to, and draws its beginning.
 
+    What was imported so far is taken out of the garbage collector's sight: looking at it again and again would take a
+    part of the time.
+
     Raises:
         ConfigError: The strategy works in rounds, nothing happens in it, or the picture cannot be written.
     """
-    timeline, pace = simulated(exp)
+    gc.freeze()
+    try:
+        timeline, pace = simulated(exp)
+    finally:
+        gc.unfreeze()
     if not timeline.tasks:
         raise ConfigError("no client is ever given a task; look at availability")
     path = Path(exp.config["run_dir"]).expanduser() / "schedule" / f"{exp.name}.png"
