@@ -558,7 +558,7 @@ class Driver:
         for record in read_metrics(self.run_dir.metrics) if target is not None else ():
             spent["bytes"] += record["bytes_down"] + record["bytes_up"]
             spent["contributions"] += record["clients"]
-            if record.get("test_accuracy", -1) >= target:
+            if (record.get("test_accuracy") or 0.0) >= target:  # null where nothing could be scored
                 return {
                     "accuracy": target,
                     "round": record["round"],
@@ -571,7 +571,7 @@ class Driver:
     def _times_differ(self) -> bool:
         """Whether who worked when is more than one row of bars per round."""
         system, limits = self.exp.system, self.fed.limits
-        alike = isinstance(system, Homogeneous) and system == Homogeneous(system.seconds_per_step)
+        alike = isinstance(system, Homogeneous) and system == Homogeneous(seconds_per_step=system.seconds_per_step)
         plain = alike and isinstance(self.exp.availability, Always) and limits == Limits()
         return self.fed.schedule is not None or not plain
 
